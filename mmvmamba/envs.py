@@ -1,0 +1,18 @@
+"""Every environment variable the installed package reads, in one place.
+
+| variable | values | meaning |
+|---|---|---|
+| ``MMVMAMBA_BACKEND`` | ``auto`` (default) or a backend name | backend of every operator call with ``backend=None`` |
+
+Variables read while building (``MMVMAMBA_WITH_CUDA`` and so on) belong to ``setup.py`` and are listed there.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def requested_backend() -> str | None:
+    """Return the backend named by ``MMVMAMBA_BACKEND``, or None for the automatic choice."""
+    value = os.environ.get("MMVMAMBA_BACKEND", "").strip()
+    return None if value in ("", "auto") else value

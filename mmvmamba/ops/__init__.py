@@ -1,0 +1,28 @@
+"""Operators: pure functions on tensors, each with several backends that give the same numbers.
+
+Needs PyTorch alone. `available_backends` reports what can run here and why the rest cannot.
+"""
+
+from mmvmamba.ops.backends import BackendStatus, available_backends, use_backend
+from mmvmamba.ops.scan2d import (
+    BIDIRECTIONAL_SCAN,
+    CROSS_SCAN,
+    UNIDIRECTIONAL_SCAN,
+    ScanOrder,
+    order_to_permutation,
+    scan2d,
+)
+from mmvmamba.ops.selective_scan import selective_scan
+
+__all__ = [
+    "BIDIRECTIONAL_SCAN",
+    "CROSS_SCAN",
+    "UNIDIRECTIONAL_SCAN",
+    "BackendStatus",
+    "ScanOrder",
+    "available_backends",
+    "order_to_permutation",
+    "scan2d",
+    "selective_scan",
+    "use_backend",
+]

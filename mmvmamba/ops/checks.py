@@ -1,0 +1,83 @@
+"""Argument checks shared by the operators; every failure is an `OpInputError` that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mmvmamba.errors import OpInputError
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+STREAM_DTYPES = (torch.float32, *LOW_PRECISION)
+OUT_DTYPES = (torch.float32, torch.float64, *LOW_PRECISION)
+
+
+def fail(op: str, argument: str, found: object, expected: object, advice: str) -> None:
+    """Raise the `OpInputError` of one bad argument."""
+    raise OpInputError(f"{op}: argument '{argument}' {found}; expected {expected}. {advice}")
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    """Refuse anything that is not a dense tensor."""
+    if not isinstance(value, Tensor):
+        fail(op, argument, f"is a {type(value).__name__}", "a torch.Tensor", "Convert it with torch.as_tensor.")
+
+
+def check_rank(op: str, argument: str, value: Tensor, names: str) -> None:
+    """Refuse a tensor whose number of dimensions is not that of ``names``, e.g. ``"(b, d, l)"``."""
+    rank = names.count(",") + 1 - names.count(",)")
+    if value.dim() != rank:
+        found = f"has {value.dim()} dimensions, shape {tuple(value.shape)}"
+        fail(op, argument, found, f"{rank} dimensions {names}", "Reshape it to that layout.")
+
+
+def check_shape(op: str, argument: str, value: Tensor, names: str, expected: tuple[int, ...]) -> None:
+    """Refuse a tensor whose shape is not ``expected``; ``names`` are the axes in words."""
+    if value.dim() != len(expected) or any(a != b for a, b in zip(value.shape, expected, strict=True)):
+        found = f"has shape {tuple(value.shape)}"
+        fail(op, argument, found, f"{names} = {tuple(expected)}", "Check it against the shapes of the other arguments.")
+
+
+def check_dtypes(op: str, streams: Mapping[str, Tensor], parameters: Mapping[str, Tensor | None]) -> torch.dtype:
+    """Check the dtype policy and return the dtype the state is kept in.
+
+    Args:
+        op: Name of the operator, for messages.
+        streams: The per-position tensors: any mix of float16, bfloat16 and float32, or all float64.
+        parameters: The per-channel tensors: float32, or float64 when the streams are float64.
+    """
+    first = next(iter(streams))
+    double = streams[first].dtype == torch.float64
+    allowed = (torch.float64,) if double else STREAM_DTYPES
+    for name, value in streams.items():
+        if value.dtype not in allowed:
+            choices = ", ".join(str(dtype) for dtype in allowed)
+            fail(op, name, f"has dtype {value.dtype}", f"one of {choices} (as '{first}' is {streams[first].dtype})",
+                 "Cast it with .to(); float64 works only when every argument is float64.")  # fmt: skip
+    accumulate = torch.float64 if double else torch.float32
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.dtype != accumulate:
+            fail(op, name, f"has dtype {parameter.dtype}", f"{accumulate}, the precision of the state",
+                 f"Cast it with .to({accumulate}).")  # fmt: skip
+    return accumulate
+
+
+def check_devices(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuse tensors that live on different devices."""
+    first, reference = next((name, value) for name, value in tensors.items() if value is not None)
+    for name, value in tensors.items():
+        if value is not None and value.device != reference.device:
+            fail(op, name, f"is on {value.device}", f"{reference.device}, where '{first}' is",
+                 f"Move it with .to('{reference.device}').")  # fmt: skip
+
+
+def check_out_dtype(op: str, out_dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of the output, or refuse one that is not floating point."""
+    if out_dtype is None:
+        return default
+    if out_dtype not in OUT_DTYPES:
+        fail(op, "out_dtype", f"is {out_dtype!r}", "None or one of " + ", ".join(map(str, OUT_DTYPES)),
+             "Leave it out to get the dtype of the input.")  # fmt: skip
+    return out_dtype

@@ -1,0 +1,45 @@
+"""Schemas of all ``mmvmamba::`` operators.
+
+They are declared in Python, so they exist without a build: kernels of ``csrc/`` attach themselves to these names
+when the library is loaded, and where none is attached the plain PyTorch kernel registered by
+`register_fallback` runs. PyTorch compares these schemas with the C++ signatures at load time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+CHUNK = 64
+"""Positions between two saved states; ``kChunk`` of ``csrc/cpu/kernels.h``."""
+
+_LIBRARY = torch.library.Library("mmvmamba", "FRAGMENT")
+
+_SCAN_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
+_SCAN2D_INPUTS = "Tensor x, Tensor projections, Tensor dt_weight, Tensor? dt_bias, Tensor A, Tensor? D"
+_ROUTES = "int[] orders, Tensor? permutation"
+
+SCHEMAS = (
+    f"selective_scan({_SCAN_INPUTS}, bool delta_softplus, ScalarType out_dtype, bool save_carries)"
+    " -> (Tensor out, Tensor last_state, Tensor carries)",
+    f"selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, {_SCAN_INPUTS}, bool delta_softplus,"
+    " Tensor carries) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"scan2d({_SCAN2D_INPUTS}, {_ROUTES}, bool delta_softplus, ScalarType out_dtype, bool save_carries)"
+    " -> (Tensor out, Tensor carries)",
+    f"scan2d_backward(Tensor grad_out, {_SCAN2D_INPUTS}, {_ROUTES}, bool delta_softplus, Tensor carries)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+for _schema in SCHEMAS:
+    _LIBRARY.define(_schema)
+
+
+def register_fallback(name: str, kernel: Callable[..., object]) -> None:
+    """Make ``kernel`` the implementation of ``mmvmamba::<name>`` wherever no compiled kernel is attached."""
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def chunk_count(length: int) -> int:
+    """Number of states a scan over ``length`` positions saves for its backward."""
+    return (length + CHUNK - 1) // CHUNK

@@ -1,0 +1,116 @@
+"""The dispatcher operator ``mmvmamba::scan2d``: fake kernels, autograd, plain PyTorch fallback.
+
+The compiled kernels are in ``csrc/cpu/scan2d.cpp``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmvmamba.ops.library import chunk_count, register_fallback
+from mmvmamba.ops.scan2d.orders import ScanOrder, order_to_permutation
+from mmvmamba.ops.scan2d.reference import scan2d_reference
+
+_Optional = Tensor | None
+
+
+def routes_as_permutation(x: Tensor, orders: list[int], permutation: _Optional) -> Tensor:
+    """Return the pixels every route visits (k, l), int64, whichever way they were given."""
+    if permutation is not None:
+        return permutation
+    _, h, w, _ = x.shape
+    return torch.stack([order_to_permutation(ScanOrder(order), h, w, x.device) for order in orders])
+
+
+def _fallback_forward(
+    x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: _Optional, A: Tensor, D: _Optional,
+    orders: list[int], permutation: _Optional, delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run the reference without recording it; the backward computes it again, so no states are saved."""
+    pixels = routes_as_permutation(x, orders, permutation)
+    with torch.no_grad():
+        out = scan2d_reference(x, projections, dt_weight, dt_bias, A, D, pixels, delta_softplus)
+    return out.to(out_dtype), out.new_zeros(_carries_shape(x, A, permutation, save_carries))
+
+
+def _fallback_backward(
+    grad_out: Tensor, x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: _Optional, A: Tensor, D: _Optional,
+    orders: list[int], permutation: _Optional, delta_softplus: bool, carries: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Differentiate a recomputed reference."""
+    pixels = routes_as_permutation(x, orders, permutation)
+    with torch.enable_grad():
+        inputs = (x, projections, dt_weight, dt_bias, A, D)
+        leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
+        out = scan2d_reference(*leaves, pixels, delta_softplus)  # type: ignore[arg-type]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        computed = iter(torch.autograd.grad(out, wanted, grad_out.to(out.dtype), materialize_grads=True))
+    return tuple(out.new_empty(0) if leaf is None else next(computed).contiguous() for leaf in leaves)
+
+
+def _carries_shape(x: Tensor, A: Tensor, permutation: _Optional, save_carries: bool) -> tuple[int, ...]:
+    """(b, k, chunks, n, d), or nothing."""
+    if not save_carries:
+        return (0,)
+    b, h, w, d = x.shape
+    length = h * w if permutation is None else permutation.shape[1]
+    return (b, A.shape[0], chunk_count(length), A.shape[2], d)
+
+
+register_fallback("scan2d", _fallback_forward)
+register_fallback("scan2d_backward", _fallback_backward)
+
+
+@torch.library.register_fake("mmvmamba::scan2d")
+def _fake_forward(
+    x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: _Optional, A: Tensor, D: _Optional,
+    orders: list[int], permutation: _Optional, delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    carries = A.new_empty(_carries_shape(x, A, permutation, save_carries))
+    return x.new_empty(x.shape, dtype=out_dtype), carries
+
+
+@torch.library.register_fake("mmvmamba::scan2d_backward")
+def _fake_backward(
+    grad_out: Tensor, x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: _Optional, A: Tensor, D: _Optional,
+    orders: list[int], permutation: _Optional, delta_softplus: bool, carries: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    inputs = (x, projections, dt_weight, dt_bias, A, D)
+    return tuple(A.new_empty(0) if value is None else value.new_empty(value.shape) for value in inputs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, orders, permutation, delta_softplus, _out_dtype, save_carries = inputs
+    if not save_carries:
+        raise RuntimeError("mmvmamba::scan2d was called with save_carries=False on inputs that require grad")
+    ctx.orders, ctx.delta_softplus = orders, delta_softplus
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, permutation, output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_carries: Tensor) -> tuple[Any, ...]:
+    *tensors, permutation, carries = ctx.saved_tensors
+    grads = torch.ops.mmvmamba.scan2d_backward(
+        grad_out, *tensors, ctx.orders, permutation, ctx.delta_softplus, carries
+    )
+    wanted = (
+        grad if needed and tensor is not None else None
+        for grad, needed, tensor in zip(grads, ctx.needs_input_grad[:6], tensors, strict=True)
+    )
+    return (*wanted, None, None, None, None, None)
+
+
+torch.library.register_autograd("mmvmamba::scan2d", _backward, setup_context=_setup_context)
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "mmvmamba::scan2d has no second derivative; pass backend='reference', which can be differentiated any number "
+        "of times"
+    )
+
+
+torch.library.register_autograd("mmvmamba::scan2d_backward", _no_double_backward)
