@@ -1,0 +1,323 @@
+"""Build ``mmvmamba._C``, the compiled kernels, as one binary for every PyTorch >= 2.10 and CPython >= 3.10.
+
+Everything else about the package stands in pyproject.toml. The kernels are registered with PyTorch's dispatcher
+through the LibTorch stable ABI, so nothing here ties the binary to the PyTorch it is built with. No network, no GPU
+and no CUDA toolkit are needed. Where the extension cannot be built, the package installs without it and uses the
+plain PyTorch path; one message says so (pip shows it with ``-v``).
+
+Environment variables read here, and nowhere else:
+
+| variable | values | meaning |
+|---|---|---|
+| ``MMVMAMBA_BUILD`` | unset, ``0``, ``1`` | ``0``: no extension; ``1``: a failed build is an error; unset: build if possible |
+| ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | CUDA kernels: where sources and a toolkit are found, never, or required |
+| ``TORCH_CUDA_ARCH_LIST`` | e.g. ``8.0;9.0+PTX`` | GPU generations of the CUDA kernels; a live GPU is never asked |
+| ``MAX_JOBS`` | a number >= 1 | compilations at the same time (needs ninja) |
+| ``DEBUG`` | ``0`` (default), ``1`` | ``1``: no optimisation, debug symbols, asserts on |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+NAME = "mmvmamba._C"
+TORCH_MIN = "2.10"
+# The same release as a number of LibTorch's stable ABI: later additions are hidden from our sources.
+TORCH_TARGET_VERSION = "0x020a000000000000"
+PYTHON_TAG = "cp310"  # must agree with requires-python in pyproject.toml
+DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;9.0+PTX"
+SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
+
+
+class OptionError(ValueError):
+    """An environment variable of the build has a value that means nothing."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the environment asks of the build; see the table at the head of this file."""
+
+    build: str  # "auto" | "never" | "always"
+    cuda: str  # "auto" | "never" | "always"
+    cuda_archs: tuple[str, ...]
+    max_jobs: int | None
+    debug: bool
+
+
+def _choice(env: Mapping[str, str], name: str, values: Mapping[str, Any], default: str) -> Any:
+    text = env.get(name, "").strip().lower() or default
+    if text not in values:
+        raise OptionError(f"{name}={env[name]!r} is not understood: use one of {', '.join(map(repr, values))}")
+    return values[text]
+
+
+def read_options(env: Mapping[str, str]) -> Options:
+    """Read the build options.
+
+    Raises:
+        OptionError: A variable has an unknown value; the message names it and the allowed ones.
+    """
+    jobs = env.get("MAX_JOBS", "").strip()
+    if jobs and not (jobs.isascii() and jobs.isdigit() and int(jobs) >= 1):
+        raise OptionError(f"MAX_JOBS={jobs!r} is not a number >= 1: unset it or set it to the number of cores to use")
+    return Options(
+        build=_choice(env, "MMVMAMBA_BUILD", {"0": "never", "1": "always", "auto": "auto"}, "auto"),
+        cuda=_choice(env, "MMVMAMBA_WITH_CUDA", {"auto": "auto", "0": "never", "1": "always"}, "auto"),
+        cuda_archs=parse_cuda_archs(env.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_CUDA_ARCHS),
+        max_jobs=int(jobs) if jobs else None,
+        debug=_choice(env, "DEBUG", {"0": False, "1": True}, "0"),
+    )
+
+
+def parse_cuda_archs(text: str) -> tuple[str, ...]:
+    """``"8.0;9.0+PTX"`` (or separated by spaces or commas) -> ``("8.0", "9.0+PTX")``."""
+    archs = tuple(part for part in re.split(r"[;,\s]+", text) if part)
+    for arch in archs:
+        if not re.fullmatch(r"\d{1,2}\.\d[af]?(\+PTX)?", arch):
+            raise OptionError(
+                f"TORCH_CUDA_ARCH_LIST={text!r}: {arch!r} is not a GPU generation; write them like '8.0;9.0+PTX'"
+            )
+    return archs
+
+
+def find_cuda_home(env: Mapping[str, str]) -> Path | None:
+    """Return the CUDA toolkit's folder: ``CUDA_HOME`` if set, else that of the nvcc on PATH, else None.
+
+    The nvcc on PATH may be a wrapper script far from the toolkit, so nvcc itself is asked: ``--dryrun`` prints the
+    folder as ``TOP=`` without compiling anything.
+
+    Raises:
+        OptionError: ``CUDA_HOME`` names a folder without nvcc.
+    """
+    if home := env.get("CUDA_HOME", "").strip():
+        if not any((Path(home) / "bin" / name).is_file() for name in ("nvcc", "nvcc.exe")):
+            raise OptionError(f"CUDA_HOME={home!r} has no bin/nvcc: unset it or point it to the CUDA toolkit")
+        return Path(home)
+    nvcc = shutil.which("nvcc", path=env.get("PATH"))
+    if nvcc is None:
+        return None
+    answer = subprocess.run(
+        [nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, timeout=60, check=False, env=dict(env)
+    )
+    found = re.search(r"^#\$ TOP=(.+)$", answer.stdout + answer.stderr, re.MULTILINE)
+    if found is None or not Path(found[1].strip()).is_dir():
+        return None
+    return Path(found[1].strip()).resolve()
+
+
+def source_files(root: Path) -> list[Path]:
+    """Every file of ``csrc`` that decides what the binary is, headers included, sorted."""
+    return sorted(path for path in (root / "csrc").rglob("*") if path.suffix in SOURCE_SUFFIXES)
+
+
+def sources_sha256(root: Path) -> str:
+    """One hash over names and contents of `source_files`."""
+    digest = hashlib.sha256()
+    for path in source_files(root):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def wants_cuda(options: Options, cuda_sources: list[Path], torch_cuda: str | None, home: Path | None) -> bool:
+    """Decide whether CUDA kernels are built.
+
+    Args:
+        torch_cuda: ``torch.version.cuda`` of the PyTorch at hand, None for its CPU build.
+        home: The toolkit's folder, None where there is none.
+
+    Raises:
+        OptionError: CUDA is required but something is missing; the message says what.
+    """
+    if options.cuda == "never":
+        return False
+    missing = None
+    if not cuda_sources:
+        missing = "this version of mmvmamba has no CUDA sources in csrc/cuda: leave the variable unset"
+    elif torch_cuda is None:
+        missing = "the PyTorch at hand is built without CUDA: install one with CUDA"
+    elif home is None:
+        missing = "no CUDA toolkit was found: put nvcc on PATH or set CUDA_HOME"
+    if missing is not None and options.cuda == "always":
+        raise OptionError(f"MMVMAMBA_WITH_CUDA=1, but {missing}")
+    return missing is None
+
+
+def compile_args(options: Options, windows: bool) -> dict[str, list[str]]:
+    """Compiler flags by compiler (``cxx`` and ``nvcc``).
+
+    Floating point keeps its meaning (NaN and infinity included); given up are only traps and errno, which hinder
+    vectorising and which nothing here reads.
+    """
+    define = f"TORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+    nvcc = [f"-D{define}", "-std=c++20", *(["-O0", "-g", "-G"] if options.debug else ["-O3"])]
+    if windows:
+        cxx = [f"/D{define}", "/std:c++20", "/EHsc", *(["/Od", "/Zi", "/UNDEBUG"] if options.debug else ["/O2"])]
+        return {"cxx": cxx, "nvcc": nvcc}
+    cxx = [f"-D{define}", "-std=c++20", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno", "-Wall"]
+    cxx += ["-O0", "-g", "-UNDEBUG"] if options.debug else ["-O3", "-g0"]
+    return {"cxx": cxx, "nvcc": [*nvcc, "-Xcompiler", "-fvisibility=hidden"]}
+
+
+def compiler_problem(env: Mapping[str, str]) -> str | None:
+    """Return what is missing to compile C++ here, or None."""
+    if os.name == "nt":
+        return None  # setuptools finds MSVC through the registry; a failure is reported by the build
+    command = shlex.split(env.get("CXX") or str(sysconfig.get_config_var("CXX") or "c++"))[0]
+    if shutil.which(command, path=env.get("PATH")) is None:
+        return f"there is no C++ compiler ({command!r}): install one (Debian: apt-get install g++) or set CXX"
+    return None
+
+
+def torch_problem() -> str | None:
+    """Return why the PyTorch at hand cannot be built against, or None."""
+    try:
+        import torch
+    except ImportError as error:
+        return (
+            f"PyTorch cannot be imported in the build environment ({error}): install torch >= {TORCH_MIN} and "
+            "repeat with 'pip install --no-build-isolation .' (without this option pip hides the installed torch)"
+        )
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < tuple(
+        map(int, TORCH_MIN.split("."))
+    ):
+        return f"PyTorch {torch.__version__} is older than {TORCH_MIN}: upgrade torch"
+    return None
+
+
+def give_up(options: Options, problem: str) -> None:
+    """Say that the extension is not built; an error where it was required."""
+    if options.build == "always":
+        raise SystemExit(f"mmvmamba: the compiled extension was required but not built: {problem}")
+    line = "=" * 100
+    print(
+        f"{line}\nmmvmamba: installing WITHOUT the compiled extension. {problem[0].upper()}{problem[1:]}.\n"
+        f"mmvmamba: the operators will use the plain PyTorch path: same results, much slower.\n{line}",
+        file=sys.stderr,
+    )
+
+
+def make_extension(options: Options) -> tuple[Extension, str | None]:
+    """Describe the extension; returns it and the CUDA version it is built for (None: CPU only)."""
+    import torch
+
+    home = find_cuda_home(os.environ) if options.cuda != "never" else None
+    sources = source_files(ROOT)
+    cuda_sources = [path for path in sources if path.suffix == ".cu"]
+    cuda = wants_cuda(options, cuda_sources, torch.version.cuda, home)
+    if cuda:
+        # Before cpp_extension is imported, which looks for the toolkit once; without a list it asks the live GPU.
+        os.environ["CUDA_HOME"] = str(home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(options.cuda_archs)
+    if options.max_jobs is not None:
+        os.environ["MAX_JOBS"] = str(options.max_jobs)
+    from torch.utils import cpp_extension
+
+    device = "cuda" if cuda else "cpu"
+    extension = Extension(
+        NAME,
+        [str(path.relative_to(ROOT)) for path in sources if path.suffix == ".cpp" or (cuda and path.suffix == ".cu")],
+        include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(device)],
+        library_dirs=cpp_extension.library_paths(device),
+        # The C functions of the stable ABI live in these; no C++ library of PyTorch is named on purpose.
+        libraries=["torch_cpu", *(["torch_cuda", "cudart"] if cuda else [])],
+        extra_compile_args=compile_args(options, windows=os.name == "nt"),
+        language="c++",
+        # A free-threaded Python has no limited API (yet).
+        py_limited_api=not sysconfig.get_config_var("Py_GIL_DISABLED"),
+    )
+    return extension, torch.version.cuda if cuda else None
+
+
+def make_stamp(version: str, options: Options, cuda: str | None) -> dict[str, Any]:
+    """What the loader reads before it opens the library."""
+    import torch
+
+    return {
+        "version": version,
+        "torch_min": TORCH_MIN,
+        "torch_built": torch.__version__.split("+")[0],
+        "machine": platform.machine(),
+        "cuda": cuda,
+        "cuda_archs": list(options.cuda_archs) if cuda else [],
+        "sources_sha256": sources_sha256(ROOT),
+    }
+
+
+def make_build_ext(options: Options, cuda: str | None) -> type:
+    """A ``build_ext`` that writes the stamp and survives a failure by going on without the extension."""
+    from setuptools.errors import BaseError
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildWithStamp(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except (BaseError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+                give_up(options, f"the build failed, see the compiler's messages above ({error})")
+                self._forget_extension()
+                return
+            stamp = make_stamp(self.distribution.get_version(), options, cuda)
+            path = Path(self.get_ext_fullpath(NAME)).with_name("_C.json")
+            path.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+
+        def _forget_extension(self) -> None:
+            """Turn the rest of the build into that of a pure Python package, down to the name of the wheel."""
+            self.extensions = []
+            self.distribution.ext_modules = []
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if wheel is not None:
+                wheel.root_is_pure = True
+                wheel.py_limited_api = False
+
+    return BuildWithStamp
+
+
+def setup_arguments(argv: list[str]) -> dict[str, Any]:
+    """The arguments of `setuptools.setup` that pyproject.toml cannot hold."""
+    commands = {"build_ext", "build", "develop", "install", "bdist_wheel", "editable_wheel", "bdist_egg"}
+    try:
+        options = read_options(os.environ)
+    except OptionError as error:
+        raise SystemExit(f"mmvmamba: {error}") from error
+    if options.build == "never" or not commands.intersection(argv):
+        return {}  # "sdist", "egg_info", "--version" and the like compile nothing
+    if "build_ext" in argv:
+        # Who names build_ext asks for the extension and for nothing else: failing softly would be a lie.
+        options = Options(**{**options.__dict__, "build": "always"})
+    problem = torch_problem() or compiler_problem(os.environ)
+    if problem is None and not source_files(ROOT):
+        problem = "there are no C++ sources in csrc/: build from a complete source tree"
+    if problem is not None:
+        give_up(options, problem)
+        return {}
+    try:
+        extension, cuda = make_extension(options)
+    except OptionError as error:
+        raise SystemExit(f"mmvmamba: {error}") from error
+    arguments: dict[str, Any] = {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": make_build_ext(options, cuda)},
+    }
+    if extension.py_limited_api:
+        arguments["options"] = {"bdist_wheel": {"py_limited_api": PYTHON_TAG}}
+    return arguments
+
+
+if __name__ == "__main__":
+    setup(**setup_arguments(sys.argv[1:]))
