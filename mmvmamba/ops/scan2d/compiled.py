@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmvmamba.ops.library import chunk_count, register_fallback
 from mmvmamba.ops.scan2d.orders import ScanOrder, order_to_permutation
-from mmvmamba.ops.scan2d.reference import scan2d_reference
+from mmvmamba.ops.scan2d.reference import scan2d_backward_reference, scan2d_reference
 
 _Optional = Tensor | None
 
@@ -40,15 +40,14 @@ def _fallback_backward(
     grad_out: Tensor, x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: _Optional, A: Tensor, D: _Optional,
     orders: list[int], permutation: _Optional, delta_softplus: bool, carries: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Differentiate a recomputed reference."""
+    """Run the hand-written gradients of the reference."""
+    inputs = (x, projections, dt_weight, dt_bias, A, D)
     pixels = routes_as_permutation(x, orders, permutation)
-    with torch.enable_grad():
-        inputs = (x, projections, dt_weight, dt_bias, A, D)
-        leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
-        out = scan2d_reference(*leaves, pixels, delta_softplus)  # type: ignore[arg-type]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        computed = iter(torch.autograd.grad(out, wanted, grad_out.to(out.dtype), materialize_grads=True))
-    return tuple(out.new_empty(0) if leaf is None else next(computed).contiguous() for leaf in leaves)
+    grads = scan2d_backward_reference(grad_out, *inputs, pixels, delta_softplus)
+    return tuple(
+        A.new_empty(0) if grad is None or value is None else grad.to(value.dtype).contiguous()
+        for grad, value in zip(grads, inputs, strict=True)
+    )
 
 
 def _carries_shape(x: Tensor, A: Tensor, permutation: _Optional, save_carries: bool) -> tuple[int, ...]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba.ops.selective_scan.reference import selective_scan_reference
+from mmvmamba.ops.selective_scan.reference import (
+    selective_scan_backward_reference,
+    selective_scan_reference,
+)
 
 
 def scan2d_reference(
@@ -37,27 +40,73 @@ def scan2d_reference(
     classification/models/vmamba.py, ``forward_corev2``. Upstream projects the scanned copies; a projection is
     pointwise, so here it happens once per pixel, before the operator.
     """
+    b, h, w, d = x.shape
+    k, length = permutation.shape
+    scan_inputs, _ = _gather(x, projections, dt_weight, dt_bias, A, D, permutation)
+    y, _ = selective_scan_reference(*scan_inputs, delta_softplus)
+    per_visit = y.view(b, k, d, length).transpose(2, 3)
+    return _scatter(per_visit, permutation, h * w).view(b, h, w, d)
+
+
+def scan2d_backward_reference(
+    grad_out: Tensor,
+    x: Tensor,
+    projections: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    permutation: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Compute the gradients of `scan2d_reference` by hand, for where autograd cannot record.
+
+    Args:
+        grad_out: Gradient of the merged map (b, h, w, d).
+        x, projections, dt_weight, dt_bias, A, D, permutation, delta_softplus: As given to the forward.
+
+    Returns:
+        The gradients of x, projections, dt_weight, dt_bias, A, D in the precision of the computation; None where
+        the argument is None.
+    """
+    b, h, w, d = x.shape
+    k, length = permutation.shape
+    scan_inputs, dt = _gather(x, projections, dt_weight, dt_bias, A, D, permutation)
+    dy = _visit(grad_out.to(dt.dtype), permutation).transpose(2, 3).reshape(b, k * d, length)
+    du, ddelta, dA, dB, dC, dD, dbias = selective_scan_backward_reference(dy, None, *scan_inputs, delta_softplus)
+    ddelta = ddelta.reshape(b, k, d, length)
+    ddt = torch.einsum("bkdl,kdr->bklr", ddelta, dt_weight.to(dt.dtype))
+    dscanned = torch.cat([ddt, dB.transpose(2, 3), dC.transpose(2, 3)], -1)
+    # Routes have projections of their own, so each is put back by itself: (b, h w, k, r + 2 n)
+    dprojections = torch.stack([_scatter(dscanned[:, i : i + 1], permutation[i : i + 1], h * w) for i in range(k)], 2)
+    dx = _scatter(du.reshape(b, k, d, length).transpose(2, 3), permutation, h * w)
+    return (
+        dx.view(x.shape),
+        dprojections.view(projections.shape),
+        torch.einsum("bkdl,bklr->kdr", ddelta, dt),
+        None if dbias is None else dbias.view(k, d),
+        dA.view(A.shape),
+        None if dD is None else dD.view(k, d),
+    )
+
+
+def _gather(
+    x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor | None,
+    permutation: Tensor,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:  # fmt: skip
+    """Return the arguments of the 1D scan over all routes, and the step-size features (b, k, l, r)."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     b, h, w, d = x.shape
     k, _, r = dt_weight.shape
     n = A.shape[2]
     length = permutation.shape[1]
-    pixels = permutation.reshape(-1)
-
-    def gather(per_pixel: Tensor) -> Tensor:
-        """(b, h, w, c) -> (b, k, l, c)"""
-        flat = per_pixel.reshape(b, h * w, per_pixel.shape[-1])
-        return flat.index_select(1, pixels).view(b, k, length, per_pixel.shape[-1])
-
-    u = gather(x.to(accumulate))
-    by_route = projections.to(accumulate).unbind(3)
+    u = _visit(x.to(accumulate), permutation)
+    per_route = projections.to(accumulate).reshape(b, h * w, k, r + 2 * n).unbind(2)
     routes = permutation.unbind(0)
-    scanned = torch.stack(
-        [p.reshape(b, h * w, r + 2 * n).index_select(1, route) for p, route in zip(by_route, routes, strict=True)], 1
-    )  # (b, k, l, r + 2 n)
-    dt, B, C = scanned.split([r, n, n], -1)
+    scanned = torch.stack([p.index_select(1, route) for p, route in zip(per_route, routes, strict=True)], 1)
+    dt, B, C = scanned.split([r, n, n], -1)  # (b, k, l, .)
     delta = torch.einsum("bklr,kdr->bkdl", dt, dt_weight.to(accumulate))
-    y, _ = selective_scan_reference(
+    scan_inputs = (
         u.transpose(2, 3).reshape(b, k * d, length),
         delta.reshape(b, k * d, length),
         A.reshape(k * d, n),
@@ -65,8 +114,18 @@ def scan2d_reference(
         C.transpose(2, 3),
         None if D is None else D.reshape(-1),
         None if dt_bias is None else dt_bias.reshape(-1),
-        delta_softplus,
     )
-    per_visit = y.view(b, k, d, length).transpose(2, 3).reshape(b, k * length, d)
-    merged = per_visit.new_zeros(b, h * w, d).index_add(1, pixels, per_visit)
-    return merged.view(b, h, w, d)
+    return scan_inputs, dt
+
+
+def _visit(per_pixel: Tensor, permutation: Tensor) -> Tensor:
+    """Read a map (b, h, w, c) along every route: (b, k, l, c)."""
+    b, h, w, c = per_pixel.shape
+    return per_pixel.reshape(b, h * w, c).index_select(1, permutation.reshape(-1)).view(b, *permutation.shape, c)
+
+
+def _scatter(per_visit: Tensor, permutation: Tensor, pixels: int) -> Tensor:
+    """Add the visits of all routes (b, k, l, c) to their pixels: (b, h w, c)."""
+    b, k, length, c = per_visit.shape
+    visits = per_visit.reshape(b, k * length, c)
+    return visits.new_zeros(b, pixels, c).index_add(1, permutation.reshape(-1), visits)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmvmamba.ops.library import chunk_count, register_fallback
-from mmvmamba.ops.selective_scan.reference import selective_scan_reference
+from mmvmamba.ops.selective_scan.reference import selective_scan_backward_reference, selective_scan_reference
 
 _Optional = Tensor | None
 
@@ -32,18 +32,13 @@ def _fallback_backward(
     grad_out: Tensor, grad_last_state: _Optional, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: _Optional, delta_bias: _Optional, delta_softplus: bool, carries: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Differentiate a recomputed reference."""
+    """Run the hand-written gradients of the reference."""
     inputs = (u, delta, A, B, C, D, delta_bias)
-    with torch.enable_grad():
-        leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
-        out, last_state = selective_scan_reference(*leaves, delta_softplus)  # type: ignore[arg-type]
-        outputs, grads = [out], [grad_out.to(out.dtype)]
-        if grad_last_state is not None:
-            outputs.append(last_state)
-            grads.append(grad_last_state.to(last_state.dtype))
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        computed = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True))
-    return tuple(out.new_empty(0) if leaf is None else next(computed).contiguous() for leaf in leaves)
+    grads = selective_scan_backward_reference(grad_out, grad_last_state, *inputs, delta_softplus)
+    return tuple(
+        A.new_empty(0) if grad is None or value is None else grad.to(value.dtype).contiguous()
+        for grad, value in zip(grads, inputs, strict=True)
+    )
 
 
 def _carries_shape(u: Tensor, A: Tensor, save_carries: bool) -> tuple[int, ...]:
