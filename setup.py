@@ -9,7 +9,7 @@ Environment variables read here, and nowhere else:
 
 | variable | values | meaning |
 |---|---|---|
-| ``MMVMAMBA_BUILD`` | unset, ``0``, ``1`` | ``0``: no extension; ``1``: a failed build is an error; unset: build if possible |
+| ``MMVMAMBA_BUILD`` | ``auto`` (default), ``0``, ``1`` | the extension: if it can be built, never, or a failure is an error |
 | ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | CUDA kernels: where sources and a toolkit are found, never, or required |
 | ``TORCH_CUDA_ARCH_LIST`` | e.g. ``8.0;9.0+PTX`` | GPU generations of the CUDA kernels; a live GPU is never asked |
 | ``MAX_JOBS`` | a number >= 1 | compilations at the same time (needs ninja) |
@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
@@ -41,6 +42,7 @@ TORCH_MIN = "2.10"
 # The same release as a number of LibTorch's stable ABI: later additions are hidden from our sources.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 PYTHON_TAG = "cp310"  # must agree with requires-python in pyproject.toml
+SETUPTOOLS_MIN = 77  # the first that reads the licence fields of pyproject.toml
 DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;9.0+PTX"
 SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 
@@ -77,7 +79,7 @@ def read_options(env: Mapping[str, str]) -> Options:
     if jobs and not (jobs.isascii() and jobs.isdigit() and int(jobs) >= 1):
         raise OptionError(f"MAX_JOBS={jobs!r} is not a number >= 1: unset it or set it to the number of cores to use")
     return Options(
-        build=_choice(env, "MMVMAMBA_BUILD", {"0": "never", "1": "always", "auto": "auto"}, "auto"),
+        build=_choice(env, "MMVMAMBA_BUILD", {"auto": "auto", "0": "never", "1": "always"}, "auto"),
         cuda=_choice(env, "MMVMAMBA_WITH_CUDA", {"auto": "auto", "0": "never", "1": "always"}, "auto"),
         cuda_archs=parse_cuda_archs(env.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_CUDA_ARCHS),
         max_jobs=int(jobs) if jobs else None,
@@ -278,6 +280,9 @@ def make_build_ext(options: Options, cuda: str | None) -> type:
 
         def _forget_extension(self) -> None:
             """Turn the rest of the build into that of a pure Python package, down to the name of the wheel."""
+            library = Path(self.get_ext_fullpath(NAME))
+            for leftover in (library, library.with_name("_C.json")):  # of an earlier build that succeeded
+                leftover.unlink(missing_ok=True)
             self.extensions = []
             self.distribution.ext_modules = []
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
@@ -290,7 +295,12 @@ def make_build_ext(options: Options, cuda: str | None) -> type:
 
 def setup_arguments(argv: list[str]) -> dict[str, Any]:
     """The arguments of `setuptools.setup` that pyproject.toml cannot hold."""
-    commands = {"build_ext", "build", "develop", "install", "bdist_wheel", "editable_wheel", "bdist_egg"}
+    if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_MIN:
+        raise SystemExit(
+            f"mmvmamba: setuptools {setuptools.__version__} is too old to build this package: "
+            f"pip install 'setuptools>={SETUPTOOLS_MIN},<82'"
+        )
+    commands = {"build_ext", "build", "install", "bdist_wheel", "editable_wheel"}
     try:
         options = read_options(os.environ)
     except OptionError as error:
