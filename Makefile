@@ -1,0 +1,50 @@
+# Thin on purpose: the set-up is scripts/bootstrap.py, everything else one command.
+PYTHON ?= python3
+PY := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-gpu lint format bench clean
+
+help:
+	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first)"
+	@echo "make demo      train, test and draw a VMamba classifier, detector and segmentor (QUICK=1: a short run)"
+	@echo "make test      all tests that need no GPU"
+	@echo "make test-gpu  the tests that need a CUDA GPU"
+	@echo "make lint      ruff, mypy and clang-format, changing nothing"
+	@echo "make format    let ruff and clang-format rewrite the files"
+	@echo "make bench     time the operators"
+	@echo "make clean     remove what builds and tools leave behind (keeps .venv, data and work_dirs)"
+
+install:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "mmvmamba setup: there is no $(PYTHON): install Python 3.10 or newer (Debian: apt-get install python3 python3-venv python3-dev)"; \
+	  exit 1; }
+	@$(PYTHON) scripts/bootstrap.py
+
+demo: install
+	$(PY) tools/demo.py $(if $(filter 1,$(QUICK)),--quick)
+
+test: install
+	$(PY) -m pytest -q -m "not gpu" --durations=15 tests
+
+test-gpu: install
+	$(PY) -m pytest -q -m gpu --durations=15 tests
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run -Werror
+
+format: install
+	ruff check --fix .
+	ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format -i
+
+bench: install
+	$(PY) -m benchmarks.ops
+
+clean:
+	rm -rf build dist *.egg-info mmvmamba/_C.*.so mmvmamba/_C.json .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf
