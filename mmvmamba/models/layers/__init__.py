@@ -1,0 +1,33 @@
+"""Layers shared by two or more families. Every map inside the package is channels-last, (b, h, w, c)."""
+
+from mmvmamba.models.layers.activation import ACTIVATIONS, build_activation
+from mmvmamba.models.layers.checks import check_choice
+from mmvmamba.models.layers.conv import ChannelsLastConv2d
+from mmvmamba.models.layers.drop_path import DropPath, drop_path_schedule
+from mmvmamba.models.layers.linear import Linear
+from mmvmamba.models.layers.mlp import GatedMlp, Mlp
+from mmvmamba.models.layers.norm import NORMS, BatchNorm, LayerNorm, build_norm
+from mmvmamba.models.layers.patch import DOWNSAMPLES, PATCH_EMBEDS, build_downsample, build_patch_embed
+from mmvmamba.models.layers.ss2d import OUT_NORMS, SS2D
+
+__all__ = [
+    "ACTIVATIONS",
+    "DOWNSAMPLES",
+    "NORMS",
+    "OUT_NORMS",
+    "PATCH_EMBEDS",
+    "BatchNorm",
+    "ChannelsLastConv2d",
+    "DropPath",
+    "GatedMlp",
+    "LayerNorm",
+    "Linear",
+    "Mlp",
+    "SS2D",
+    "build_activation",
+    "build_downsample",
+    "build_norm",
+    "build_patch_embed",
+    "check_choice",
+    "drop_path_schedule",
+]

@@ -1,0 +1,29 @@
+"""Convolutions of channels-last maps without layout copies."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def pad_to_kernel(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Zero-pad ``x`` (b, c, h, w) at the right and bottom where ``conv`` could not be applied even once."""
+    missing = [
+        max(0, kernel - 2 * int(padding) - size)
+        for kernel, padding, size in zip(conv.kernel_size, conv.padding, x.shape[2:], strict=True)
+    ]
+    return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
+
+
+class ChannelsLastConv2d(nn.Conv2d):
+    """``nn.Conv2d`` that maps (b, h, w, c) to (b, h', w', c').
+
+    The permuted view is a tensor of PyTorch's channels-last memory format, which its convolutions keep, so that
+    neither permutation moves data. A map smaller than an unpadded kernel is padded with zeros at the right and
+    bottom up to the kernel; every other size follows the usual formula.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` (b, h, w, c)."""
+        x = pad_to_kernel(self, x.permute(0, 3, 1, 2))
+        return super().forward(x).permute(0, 2, 3, 1)

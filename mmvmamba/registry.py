@@ -1,0 +1,12 @@
+"""Registries of mmvmamba, children of MMEngine's root registries.
+
+``locations`` lets MMEngine import our classes on demand, so a config of MMDetection, MMSegmentation or
+MMPretrain only writes ``type='mmvmamba.VMamba'``: no ``custom_imports`` and no change of ``default_scope``.
+"""
+
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+MODELS = Registry("model", parent=MMENGINE_MODELS, scope="mmvmamba", locations=["mmvmamba.models"])
+
+__all__ = ["MODELS"]
