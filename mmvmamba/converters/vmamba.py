@@ -1,0 +1,326 @@
+"""VMamba: constructor arguments and checkpoints of MzeroMiko/VMamba (``VSSM`` and ``Backbone_VSSM``)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmvmamba.converters.base import Converter, Rule, StateDict, reject_unknown_arguments, rename
+from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
+from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
+
+FORMS = ("classifier", "backbone")
+
+# ---------------------------------------------------------------- constructor arguments -> our options
+
+_BASE_FORWARDS: dict[str, str] = {
+    # They differ in kernels and in the types of intermediate results, not in what they compute.
+    **dict.fromkeys(("v01", "v02", "v03", "v04", "v05", "v1", "v2", "v3", "v4"), "cross"),
+    **dict.fromkeys(("v051d", "v31d"), "unidirectional"),
+    **dict.fromkeys(("v052d", "v32d"), "bidirectional"),
+    **dict.fromkeys(("v052dc", "v32dc"), "cascade"),
+}
+_VANILLA_FORWARDS = ("v0", "v0seq")
+_OUT_NORMS: dict[str, str] = {
+    "": "layer_norm",
+    "_onnone": "none",
+    "_ondwconv3": "depthwise_conv",
+    "_oncnorm": "norm_depthwise_conv",
+    "_onsoftmax": "softmax",
+    "_onsigmoid": "sigmoid",
+}
+# Upstream strips the suffixes from the end in one fixed order; written forwards, they can only appear like this.
+_FORWARD_TYPE = re.compile(
+    r"(?P<base>[a-z0-9]+)(?P<out_norm>_on(?:none|dwconv3|cnorm|softmax|sigmoid))?"
+    r"(?P<nozact>_nozact)?(?P<noz>_noz)?(?P<oact>_oact)?(?P<no32>_no32)?"
+)
+_NORMS = {"ln": "layer_norm", "ln2d": "layer_norm", "bn": "batch_norm"}
+_PATCH_EMBEDS = {"v1": "patchify", "v2": "overlapping"}
+_DOWNSAMPLES = {"v1": "patch_merging", "v2": "conv2x2", "v3": "conv3x3", "none": "none"}
+_SSM_INITS = {"v0": "mamba", "v1": "random", "v2": "zero"}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "sigmoid": "sigmoid"}
+
+
+def _upstream_vssm(
+    patch_size: int = 4,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    depths: Sequence[int] = (2, 2, 9, 2),
+    dims: int | Sequence[int] = (96, 192, 384, 768),
+    ssm_d_state: int = 16,
+    ssm_ratio: float = 2.0,
+    ssm_dt_rank: str | int = "auto",
+    ssm_act_layer: str = "silu",
+    ssm_conv: int = 3,
+    ssm_conv_bias: bool = True,
+    ssm_drop_rate: float = 0.0,
+    ssm_init: str = "v0",
+    forward_type: str = "v2",
+    mlp_ratio: float = 4.0,
+    mlp_act_layer: str = "gelu",
+    mlp_drop_rate: float = 0.0,
+    gmlp: bool = False,
+    drop_path_rate: float = 0.1,
+    patch_norm: bool = True,
+    norm_layer: str = "LN",
+    downsample_version: str = "v2",
+    patchembed_version: str = "v1",
+    use_checkpoint: bool = False,
+    posembed: bool = False,
+    imgsize: int = 224,
+) -> dict[str, Any]:
+    """Translate the arguments of upstream's ``VSSM`` (names and defaults are its) to those of ``VMamba``."""
+    depths = tuple(depths)
+    arch = dict(
+        dims=tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else tuple(dims),
+        depths=depths,
+        drop_path_rate=drop_path_rate,
+        d_state=ssm_d_state,
+        ssm_ratio=ssm_ratio,
+        dt_rank=None if ssm_dt_rank == "auto" else ssm_dt_rank,
+        ssm_act=_translate("ssm_act_layer", ssm_act_layer, _ACTIVATIONS),
+        conv_kernel=ssm_conv,
+        conv_bias=ssm_conv_bias,
+        ssm_dropout=ssm_drop_rate,
+        ssm_init=_translate("ssm_init", ssm_init, _SSM_INITS),
+        mlp_ratio=mlp_ratio,
+        mlp_act=_translate("mlp_act_layer", mlp_act_layer, _ACTIVATIONS),
+        mlp_dropout=mlp_drop_rate,
+        gated_mlp=gmlp,
+        norm=_translate("norm_layer", norm_layer, _NORMS),
+        patch_embed=_translate("patchembed_version", patchembed_version, _PATCH_EMBEDS),
+        downsample=_translate("downsample_version", downsample_version, _DOWNSAMPLES),
+    )
+    if ssm_ratio > 0:
+        arch |= parse_forward_type(forward_type)
+        if forward_type in _VANILLA_FORWARDS and norm_layer.lower() != "ln":
+            raise ConfigError(
+                f"norm_layer is {norm_layer!r} with forward_type={forward_type!r}, expected 'ln': upstream has this "
+                "operator for channels-last models only. Use norm_layer='ln' or forward_type='v05'."
+            )
+    side = imgsize // patch_size
+    return dict(
+        arch=VMambaArch(**arch),
+        in_channels=in_chans,
+        patch_size=patch_size,
+        patch_norm=patch_norm,
+        pos_embed_size=(side, side) if posembed else None,
+        with_cp=use_checkpoint,
+    )
+
+
+_VSSM_DEFAULTS = {name: p.default for name, p in inspect.signature(_upstream_vssm).parameters.items()}
+# ``pretrained`` names a file upstream loads in the constructor; here weights are loaded by init_cfg.
+_BACKBONE_DEFAULTS: dict[str, Any] = {"out_indices": (0, 1, 2, 3), "pretrained": None, "norm_layer": "ln"}
+
+
+def parse_forward_type(forward_type: str) -> dict[str, Any]:
+    """Translate upstream's ``forward_type`` string to fields of ``VMambaArch``.
+
+    Raises:
+        ConfigError: If upstream would not know the string, or would drop part of it.
+    """
+    if forward_type in _VANILLA_FORWARDS:
+        # The first generation ignores these arguments of the constructor.
+        return dict(scan="cross", gated=True, ssm_act="silu", conv_kernel=3, conv_bias=True, ssm_init="mamba")
+    match = _FORWARD_TYPE.fullmatch(forward_type)
+    if match is None or match["base"] not in _BASE_FORWARDS:
+        raise ConfigError(
+            f"forward_type is {forward_type!r}, expected one of {', '.join((*_VANILLA_FORWARDS, *_BASE_FORWARDS))}; all "
+            "but the first two may be followed by at most one out norm "
+            f"({', '.join(name for name in _OUT_NORMS if name)}) and then, in this order, by _nozact, _noz, _oact and "
+            f"_no32.{nearest_spelling(forward_type, _BASE_FORWARDS)} Reorder or correct the suffixes."
+        )
+    return dict(
+        scan=_BASE_FORWARDS[match["base"]],
+        out_norm=_OUT_NORMS[match["out_norm"] or ""],
+        gated=match["noz"] is None,
+        gate_act=match["nozact"] is None,
+        out_act=match["oact"] is not None,
+    )
+
+
+def _translate(argument: str, value: object, table: Mapping[str, str]) -> str:
+    key = value.lower() if isinstance(value, str) else value
+    if key not in table:
+        raise ConfigError(
+            f"{argument} is {value!r}, expected one of {', '.join(map(repr, table))}.{nearest_spelling(value, table)} "
+            "Write one of these."
+        )
+    return table[key]
+
+
+# ---------------------------------------------------------------- released variants
+
+_V2 = dict(
+    ssm_d_state=1,
+    ssm_conv_bias=False,
+    forward_type="v05_noz",
+    norm_layer="ln2d",
+    downsample_version="v3",
+    patchembed_version="v2",
+)
+_V0 = dict(forward_type="v0", mlp_ratio=0.0, norm_layer="ln", downsample_version="v1", patchembed_version="v1")
+UPSTREAM_FUNCTIONS: dict[str, dict[str, Any]] = {
+    "vanilla_vmamba_tiny": dict(_V0, depths=(2, 2, 9, 2), dims=96, drop_path_rate=0.2),
+    "vanilla_vmamba_small": dict(_V0, depths=(2, 2, 27, 2), dims=96, drop_path_rate=0.3),
+    "vanilla_vmamba_base": dict(_V0, depths=(2, 2, 27, 2), dims=128, drop_path_rate=0.6),
+    "vmamba_tiny_s2l5": dict(_V2, depths=(2, 2, 5, 2), dims=96, drop_path_rate=0.2),
+    "vmamba_small_s2l15": dict(_V2, depths=(2, 2, 15, 2), dims=96, drop_path_rate=0.3),
+    "vmamba_base_s2l15": dict(_V2, depths=(2, 2, 15, 2), dims=128, drop_path_rate=0.6),
+    "vmamba_tiny_s1l8": dict(_V2, depths=(2, 2, 8, 2), dims=96, drop_path_rate=0.2, ssm_ratio=1.0),
+    "vmamba_small_s1l20": dict(_V2, depths=(2, 2, 20, 2), dims=96, drop_path_rate=0.3, ssm_ratio=1.0),
+    "vmamba_base_s1l20": dict(_V2, depths=(2, 2, 20, 2), dims=128, drop_path_rate=0.5, ssm_ratio=1.0),
+}
+
+
+# ---------------------------------------------------------------- building
+
+
+def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    kwargs = dict(kwargs)
+    function = kwargs.pop("function", None)
+    if function is not None:
+        if function not in UPSTREAM_FUNCTIONS:
+            raise ConfigError(
+                f"function is {function!r}, expected one of {', '.join(UPSTREAM_FUNCTIONS)}."
+                f"{nearest_spelling(function, UPSTREAM_FUNCTIONS)} Write one of these names."
+            )
+        kwargs = {**UPSTREAM_FUNCTIONS[function], **kwargs}
+    known = [*_VSSM_DEFAULTS, *(name for name in _BACKBONE_DEFAULTS if form == "backbone" and name != "norm_layer")]
+    reject_unknown_arguments(kwargs, known, f"vmamba {form}")
+    if form == "classifier":
+        return _build_classifier(kwargs)
+    extra = {name: kwargs.pop(name, default) for name, default in _BACKBONE_DEFAULTS.items()}
+    if extra["pretrained"] not in (None, ""):
+        raise ConfigError(
+            f"pretrained is {extra['pretrained']!r}, expected None: this function only builds. Load the file and pass "
+            "its entries through convert_state_dict."
+        )
+    options = _upstream_vssm(**kwargs, norm_layer=extra["norm_layer"])
+    # Upstream's feature extractor owns a position embedding but never adds it.
+    return VMamba(**options, out_indices=tuple(extra["out_indices"]), use_pos_embed=False)
+
+
+def _build_classifier(kwargs: dict[str, Any]) -> nn.Module:
+    # Only this form needs MMPretrain.
+    from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead
+
+    options = _upstream_vssm(**kwargs)
+    last = len(options["arch"].depths) - 1
+    head = LinearClsHead(kwargs.get("num_classes", _VSSM_DEFAULTS["num_classes"]), options["arch"].dims[-1])
+    return ImageClassifier(
+        backbone=VMamba(**options, out_indices=(last,)),
+        neck=GlobalAveragePooling(),
+        head=head,
+    )
+
+
+# ---------------------------------------------------------------- state dicts
+
+_OP = r"(?:x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds|in_proj\.weight|conv2d\.(?:weight|bias)|out_proj\.weight)"
+_AFFINE = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
+_BLOCK = r"layers\.\d+\.blocks\.\d+\."
+
+#: Names shared by both forms, unchanged in ours.
+_TRUNK = (
+    Rule(rf"(patch_embed\.[0257]\.{_AFFINE})", r"\1"),
+    Rule(r"(pos_embed)", r"\1"),
+    Rule(rf"({_BLOCK}(?:norm|norm2)\.{_AFFINE})", r"\1"),
+    Rule(rf"({_BLOCK}op\.{_OP})", r"\1"),
+    Rule(rf"({_BLOCK}op\.out_norm\.(?:[012]\.)?(?:weight|bias))", r"\1"),
+    Rule(rf"({_BLOCK}mlp\.fc[12]\.(?:weight|bias))", r"\1"),
+    Rule(rf"(layers\.\d+\.downsample\.(?:[13]|norm)\.{_AFFINE})", r"\1"),
+    Rule(r"(layers\.\d+\.downsample\.reduction\.weight)", r"\1"),
+)
+#: Names of the first releases.
+_OLD_TRUNK = (
+    Rule(r"patch_embed\.proj\.(weight|bias)", r"patch_embed.0.\1"),
+    Rule(rf"patch_embed\.norm\.({_AFFINE})", r"patch_embed.2.\1"),
+    Rule(rf"({_BLOCK})ln_1\.({_AFFINE})", r"\1norm.\2"),
+    Rule(rf"({_BLOCK})self_attention\.((?:out_norm\.(?:weight|bias))|{_OP})", r"\1op.\2"),
+)
+_OUT_NORM = Rule(rf"(outnorm\d+\.{_AFFINE})", r"\1")
+_HEAD_OF_CLASSIFIER = r"(?:classifier\.(?:norm|head)|norm|head)\..*"
+
+
+def _read(form: str, state_dict: Mapping[str, Tensor], fill_out_norms: Sequence[int]) -> StateDict:
+    if form == "backbone":
+        drop = (_HEAD_OF_CLASSIFIER,) if fill_out_norms else ()
+        ours = rename(state_dict, (*_TRUNK, *_OLD_TRUNK, _OUT_NORM), "a VMamba feature extractor", drop)
+        return _fill_out_norms(ours, state_dict, fill_out_norms)
+    if fill_out_norms:
+        raise ConfigError(
+            f"fill_out_norms is {tuple(fill_out_norms)} for form 'classifier', expected () there: a classifier has no out "
+            "norms. Use form='backbone'."
+        )
+    trunk = rename(_without_head(state_dict), (*_TRUNK, *_OLD_TRUNK), "a VMamba classifier")
+    last = _num_stages(trunk) - 1
+    head = rename(
+        {name: value for name, value in state_dict.items() if re.fullmatch(_HEAD_OF_CLASSIFIER, name)},
+        (
+            Rule(rf"(?:classifier\.)?norm\.({_AFFINE})", rf"backbone.outnorm{last}.\1"),
+            Rule(r"(?:classifier\.)?head\.(weight|bias)", r"head.fc.\1"),
+        ),
+        "the head of a VMamba classifier",
+    )
+    return {**{f"backbone.{name}": value for name, value in trunk.items()}, **head}
+
+
+def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
+    if form == "backbone":
+        return rename(state_dict, (*_TRUNK, _OUT_NORM), "our VMamba feature extractor")
+    rules = [
+        Rule(rf"backbone\.outnorm\d+\.({_AFFINE})", r"classifier.norm.\1"),
+        Rule(r"head\.fc\.(weight|bias)", r"classifier.head.\1"),
+        *(Rule(rf"backbone\.{rule.pattern}", rule.target) for rule in _TRUNK),
+    ]
+    return rename(state_dict, rules, "our VMamba classifier")
+
+
+def _without_head(state_dict: Mapping[str, Tensor]) -> StateDict:
+    return {name: value for name, value in state_dict.items() if not re.fullmatch(_HEAD_OF_CLASSIFIER, name)}
+
+
+def _num_stages(trunk: Mapping[str, Tensor]) -> int:
+    stages = {int(match[1]) for name in trunk if (match := re.match(r"layers\.(\d+)\.", name))}
+    if not stages:
+        raise CheckpointMismatch(
+            "the state dict has no entry 'layers.*', expected those of a VMamba. Check family, form and prefix."
+        )
+    return max(stages) + 1
+
+
+def _fill_out_norms(ours: StateDict, upstream: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
+    """Add out norms at their initial values for ``stages`` that have none."""
+    head_norm = {n.rsplit(".", 1)[1] for n in upstream if re.match(r"(?:classifier\.)?norm\.", n)}
+    names = sorted(head_norm) or ["bias", "weight"]
+    for stage in stages:
+        if f"outnorm{stage}.weight" in ours:
+            continue
+        like = next(
+            (
+                ours[key]
+                for name in ("norm.weight", "norm2.weight")
+                if (key := f"layers.{stage}.blocks.0.{name}") in ours
+            ),
+            None,
+        )
+        if like is None:
+            raise CheckpointMismatch(
+                f"fill_out_norms names stage {stage}, but the state dict has {_num_stages(ours)} stages. Name only stages "
+                "from 0 to that number less one."
+            )
+        for name in names:
+            fill = 1.0 if name in ("weight", "running_var") else 0.0
+            value = torch.full_like(like, fill)
+            ours[f"outnorm{stage}.{name}"] = torch.tensor(0) if name == "num_batches_tracked" else value
+    return ours
+
+
+CONVERTER = Converter(FORMS, _build, _read, _write)
