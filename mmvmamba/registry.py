@@ -4,9 +4,12 @@
 MMPretrain only writes ``type='mmvmamba.VMamba'``: no ``custom_imports`` and no change of ``default_scope``.
 """
 
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="mmvmamba", locations=["mmvmamba.models"])
 
-__all__ = ["MODELS"]
+HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="mmvmamba", locations=["mmvmamba.engine"])
+
+__all__ = ["HOOKS", "MODELS"]

@@ -1,0 +1,5 @@
+"""What the MMEngine runner calls."""
+
+from mmvmamba.engine.hooks import PretrainedCheckHook
+
+__all__ = ["PretrainedCheckHook"]
