@@ -9,8 +9,8 @@ Environment variables read here, and nowhere else:
 
 | variable | values | meaning |
 |---|---|---|
-| ``MMVMAMBA_BUILD`` | ``auto`` (default), ``0``, ``1`` | the extension: if it can be built, never, or a failure is an error |
-| ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | CUDA kernels: where sources and a toolkit are found, never, or required |
+| ``MMVMAMBA_BUILD`` | ``auto`` (default), ``0``, ``1`` | the extension: where it can be built, never, or required |
+| ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | the CUDA kernels: where they can be built, never, or required |
 | ``TORCH_CUDA_ARCH_LIST`` | e.g. ``8.0;9.0+PTX`` | GPU generations of the CUDA kernels; a live GPU is never asked |
 | ``MAX_JOBS`` | a number >= 1 | compilations at the same time (needs ninja) |
 | ``DEBUG`` | ``0`` (default), ``1`` | ``1``: no optimisation, debug symbols, asserts on |
@@ -305,6 +305,8 @@ def setup_arguments(argv: list[str]) -> dict[str, Any]:
         options = read_options(os.environ)
     except OptionError as error:
         raise SystemExit(f"mmvmamba: {error}") from error
+    if options.build == "never" and "build_ext" in argv:
+        raise SystemExit("mmvmamba: MMVMAMBA_BUILD=0 forbids what 'build_ext' asks for: unset the variable")
     if options.build == "never" or not commands.intersection(argv):
         return {}  # "sdist", "egg_info", "--version" and the like compile nothing
     if "build_ext" in argv:

@@ -1,0 +1,355 @@
+"""Set up ``.venv`` for this checkout: the pinned stack of ``requirements/lock.txt`` and the compiled extension.
+
+Called by ``make install`` and, through it, by every other make target. Needs nothing but the standard library, and only
+syntax of Python 3.7, so that an old ``python3`` can still start it and is told what to install. What was done is noted
+in ``.venv/mmvmamba-setup.json``; a second call compares hashes and returns at once.
+
+| variable | meaning |
+|---|---|
+| ``MMVMAMBA_PYTHON`` | the interpreter to build ``.venv`` with, instead of the first suitable one on PATH |
+| ``MAX_JOBS`` | compilations at the same time; default: all cores, as far as memory allows |
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST = (3, 10)
+# The first that suits is taken: 3.11 is what the lock file was made with.
+CANDIDATES = ("python3.11", "python3.12", "python3.13", "python3.10", "python3.14", "python3")
+# Measured 2026-11-20 with `du -sh .venv`: 5.7 GB; downloads and pip's cache of them need about as much again.
+NEED_GB = 12.0
+NEED_TEMP_GB = 4.0
+GB_PER_JOB = 2.0  # memory of one compilation of onedl-mmcv, rounded up
+STEPS = 6
+DEBIAN = "apt-get install python3 python3-venv python3-dev"
+
+PROBE = """
+import json, sys, sysconfig, os
+missing = []
+for name in ("venv", "ensurepip"):
+    try:
+        __import__(name)
+    except ImportError:
+        missing.append(name)
+header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+print(json.dumps({"version": list(sys.version_info[:3]), "missing": missing, "header": os.path.isfile(header)}))
+"""
+
+
+class SetupError(Exception):
+    """The set-up cannot go on; the message is one line that says what to do."""
+
+
+class Interpreter(NamedTuple):
+    """A Python that can make the environment."""
+
+    path: str
+    version: tuple[int, ...]
+
+
+def say(step: int, text: str) -> None:
+    """Print one progress line."""
+    print("[setup {}/{}] {}".format(step, STEPS, text), flush=True)
+
+
+# --- what the machine offers ---------------------------------------------------------------------------------------
+
+
+def probe(command: str) -> tuple[Interpreter | None, str | None]:
+    """Ask an interpreter for its version and parts.
+
+    Returns:
+        The interpreter if it suits, else None and why not (None and None: there is no such interpreter).
+    """
+    path = shutil.which(command)
+    if path is None:
+        return None, None
+    answer = subprocess.run([path, "-c", PROBE], capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return None, None  # e.g. a pyenv shim of a version that is not installed
+    facts = json.loads(answer.stdout)
+    version = tuple(facts["version"])
+    name = "{} (Python {})".format(path, ".".join(map(str, version)))
+    minor = "python{}.{}".format(*version[:2])
+    if version < OLDEST:
+        return None, "{} is older than Python {}.{}: {}".format(name, *OLDEST, DEBIAN)
+    if facts["missing"]:
+        return None, "{} has no {}: apt-get install {}-venv".format(name, " and no ".join(facts["missing"]), minor)
+    if not facts["header"]:
+        return None, "{} has no Python.h, which compiling needs: apt-get install {}-dev".format(name, minor)
+    return Interpreter(path, version), None
+
+
+def find_python(chosen: str | None) -> Interpreter:
+    """Return the interpreter named by ``chosen``, or the first suitable one on PATH.
+
+    Raises:
+        SetupError: There is none; the message names the most promising one and what it lacks.
+    """
+    problems = []
+    for command in (chosen,) if chosen else CANDIDATES:
+        interpreter, problem = probe(command)
+        if interpreter is not None:
+            return interpreter
+        if problem is not None:
+            problems.append(problem)
+    if chosen:
+        raise SetupError(problems[0] if problems else "MMVMAMBA_PYTHON={!r} cannot be started".format(chosen))
+    # One that lacks a part is closer to the goal than one that is too old.
+    problems.sort(key=lambda problem: "is older" in problem)
+    raise SetupError(problems[0] if problems else "no Python was found on PATH: " + DEBIAN)
+
+
+def check_compiler(path: str | None = None) -> None:
+    """Raise `SetupError` unless there is a C++ compiler on ``path`` (default: PATH)."""
+    for command in (shlex.split(os.environ.get("CXX", "")) or ["g++"])[:1]:
+        if shutil.which(command, path=path) is None:
+            raise SetupError(
+                "there is no C++ compiler ({}): apt-get install g++ (or set CXX to the one you have)".format(command)
+            )
+
+
+def check_disk(place: Path, need_gb: float) -> None:
+    """Raise `SetupError` if the file system of ``place`` has less than ``need_gb`` free."""
+    free = shutil.disk_usage(str(place)).free / 1e9
+    if free < need_gb:
+        raise SetupError(
+            "{:.1f} GB are free under {}, but about {:.0f} GB are needed: make room there{}".format(
+                free, place, need_gb, "" if place == ROOT else " or set TMPDIR to a larger place"
+            )
+        )
+
+
+def compile_jobs(environ: dict[str, str]) -> int:
+    """Compilations at the same time: ``MAX_JOBS``, or all cores as far as memory allows."""
+    text = environ.get("MAX_JOBS", "").strip()
+    if text:
+        if not text.isdigit() or int(text) < 1:
+            raise SetupError("MAX_JOBS={!r} is not a number >= 1".format(text))
+        return int(text)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return cores
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    if found is None:
+        return cores
+    return max(1, min(cores, int(int(found.group(1)) / 1e6 / GB_PER_JOB)))
+
+
+# --- what was done before ------------------------------------------------------------------------------------------
+
+
+def hash_files(paths: list[Path]) -> str:
+    """One hash over names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def wanted_state() -> dict[str, str]:
+    """The hashes under which the two halves of the set-up need not be repeated."""
+    csrc = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    build = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "mmvmamba" / "version.py"]
+    return {
+        "environment": hash_files([ROOT / "requirements" / "lock.txt"]),
+        "extension": hash_files([*csrc, *build]),
+    }
+
+
+def read_state(venv: Path) -> dict[str, str]:
+    """What is noted as done in ``venv``; only what is still there counts."""
+    try:
+        state = json.loads((venv / "mmvmamba-setup.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not (venv / "bin" / "python").exists():
+        return {}
+    package = ROOT / "mmvmamba"
+    if not ((package / "_C.json").is_file() and any(package.glob("_C.*.so"))):
+        state.pop("extension", None)
+    return state
+
+
+def note_state(venv: Path, state: dict[str, str]) -> None:
+    """Write down what was done, in one step so that an interruption leaves no half a note."""
+    draft = venv / "mmvmamba-setup.json.new"
+    draft.write_text(json.dumps(state, indent=2) + "\n")
+    draft.replace(venv / "mmvmamba-setup.json")
+
+
+# --- the work ------------------------------------------------------------------------------------------------------
+
+
+def explain_failure(log: str) -> str:
+    """Turn the end of a log into one line that says what to do."""
+    if "No space left on device" in log or "Disk quota exceeded" in log:
+        return "the disk is full: free about {:.0f} GB, or set TMPDIR to a larger place, and repeat".format(NEED_GB)
+    network = r"Retrying \(Retry|NewConnectionError|NameResolutionError|Name or service not known|ReadTimeoutError"
+    if re.search(network, log):
+        return "the package index cannot be reached: check the network (or pip's index and proxy settings) and repeat"
+    if "internal compiler error: Killed" in log or "Killed signal terminated program" in log:
+        return "the compiler ran out of memory: repeat with MAX_JOBS=1"
+    missing = re.search(r"No matching distribution found for (\S+)", log)
+    if missing:
+        return (
+            "the package index has no {} for this Python and machine: try another Python (MMVMAMBA_PYTHON=...)".format(
+                missing.group(1)
+            )
+        )
+    return "the command failed"
+
+
+def run_logged(step: int, command: list[str], log: Path, extra_env: dict[str, str]) -> None:
+    """Run a command with its output in ``log``, printing a sign of life every half minute.
+
+    Raises:
+        SetupError: The command failed; the last lines of its output were printed.
+    """
+    start = sign = time.monotonic()
+    with log.open("a+", encoding="utf-8", errors="replace") as out:
+        out.seek(0, os.SEEK_END)
+        begin = out.tell()
+        out.write("$ {}\n".format(" ".join(command)))
+        out.flush()
+        process = subprocess.Popen(
+            command, cwd=str(ROOT), env={**os.environ, **extra_env}, stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                if time.monotonic() - sign >= 30:
+                    sign = time.monotonic()
+                    say(step, "... {:.0f} s (details: {})".format(sign - start, log))
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+        out.seek(begin)
+        text = out.read()
+    if process.returncode != 0:
+        print("\n".join(text.splitlines()[-15:]), file=sys.stderr)
+        raise SetupError("step {} of {}: {} (log: {})".format(step, STEPS, explain_failure(text), log))
+
+
+def cuda_environment() -> dict[str, str]:
+    """Build onedl-mmcv for the GPU only where both a GPU and nvcc are there; else it would stop half-way."""
+    return {} if shutil.which("nvcc") else {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def install_environment(venv: Path, interpreter: Interpreter, log: Path) -> None:
+    """Steps 2 to 5: the virtual environment with every package of the lock file."""
+    lock = str(ROOT / "requirements" / "lock.txt")
+    python = str(venv / "bin" / "python")
+    path = {"PATH": "{}{}{}".format(venv / "bin", os.pathsep, os.environ.get("PATH", ""))}
+    jobs = compile_jobs(dict(os.environ))
+    pip = [python, "-m", "pip", "install", "--no-build-isolation", "--constraint", lock]
+
+    say(2, "creating {} with {} and its build tools".format(venv, interpreter.path))
+    if not (venv / "bin" / "python").exists():
+        run_logged(2, [interpreter.path, "-m", "venv", "--clear", str(venv)], log, {})
+    run_logged(2, [*pip[:4], "--constraint", lock, "pip", "setuptools", "wheel", "ninja", "psutil"], log, path)
+    say(3, "installing PyTorch (about 3 GB to fetch the first time)")
+    run_logged(3, [*pip, "torch", "torchvision"], log, path)
+    say(4, "installing onedl-mmcv from source with {} job(s): about 12 minutes once, then kept by pip".format(jobs))
+    build = {"MMCV_WITH_OPS": "1", "FORCE_CUDA": "0", "MAX_JOBS": str(jobs), **cuda_environment(), **path}
+    run_logged(4, [*pip, "onedl-mmcv"], log, build)
+    say(5, "installing the rest of requirements/lock.txt")
+    run_logged(5, [*pip, "--requirement", lock], log, path)
+    if re.search(r"^headless = True", cv2_version_file(python), re.MULTILINE) is None:
+        # Two wheels share the folder cv2 and the last one wins; only this one runs without X libraries.
+        headless = [*pip, "--force-reinstall", "--no-deps", "opencv-python-headless"]
+        run_logged(5, headless, log, path)
+    run_logged(5, [python, "-m", "pip", "check"], log, path)
+
+
+def cv2_version_file(python: str) -> str:
+    """The text of ``cv2/version.py`` in the environment of ``python``."""
+    query = "import sysconfig; print(sysconfig.get_paths()['platlib'])"
+    folder = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
+    return (Path(folder) / "cv2" / "version.py").read_text(encoding="utf-8")
+
+
+def install_package(venv: Path, log: Path) -> None:
+    """Step 6: mmvmamba itself, editable, with its extension beside the sources."""
+    say(6, "compiling and installing mmvmamba")
+    environment = {
+        "MMVMAMBA_BUILD": "1",  # the compiler was checked, so a failure is news
+        "MAX_JOBS": str(compile_jobs(dict(os.environ))),
+        "PATH": "{}{}{}".format(venv / "bin", os.pathsep, os.environ.get("PATH", "")),
+    }
+    command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    run_logged(6, command, log, environment)
+
+
+def set_up(venv: Path) -> None:
+    """Do what is not done yet.
+
+    Raises:
+        SetupError: Something is missing or failed.
+    """
+    wanted = wanted_state()
+    done = read_state(venv)
+    if all(done.get(key) == value for key, value in wanted.items()):
+        return
+    start = time.monotonic()
+    say(1, "checking Python, compiler and disk")
+    check_compiler()
+    log = ROOT / ".setup.log"
+    if done.get("environment") != wanted["environment"]:
+        interpreter = find_python(os.environ.get("MMVMAMBA_PYTHON", "").strip() or None)
+        if not list(venv.glob("lib/*/site-packages/torch")):
+            check_disk(ROOT, NEED_GB)
+            check_disk(Path(tempfile.gettempdir()), NEED_TEMP_GB)
+        log.write_text("")
+        install_environment(venv, interpreter, log)
+        note_state(venv, {"environment": wanted["environment"]})
+    install_package(venv, log)
+    note_state(venv, wanted)
+    say(6, "done in {:.0f} s".format(time.monotonic() - start))
+
+
+def main() -> int:
+    """Set up; returns the exit code."""
+    if not sys.platform.startswith("linux"):
+        print("mmvmamba setup: only Linux is set up automatically; see README.md for pip", file=sys.stderr)
+        return 1
+    try:
+        with (ROOT / ".setup.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("[setup] another set-up of this folder is running; waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            set_up(ROOT / ".venv")
+    except SetupError as error:
+        print("mmvmamba setup: {}".format(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mmvmamba setup: interrupted; the next call goes on from here", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print("mmvmamba setup: {}: check the disk and the permissions of {}".format(error, ROOT), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
