@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-CHUNK = 64
+CHUNK = 32
 """Positions between two saved states; ``kChunk`` of ``csrc/cpu/kernels.h``."""
 
 _LIBRARY = torch.library.Library("mmvmamba", "FRAGMENT")
@@ -29,6 +29,8 @@ SCHEMAS = (
     " -> (Tensor out, Tensor carries)",
     f"scan2d_backward(Tensor grad_out, {_SCAN2D_INPUTS}, {_ROUTES}, bool delta_softplus, Tensor carries)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # The instruction set of the compiled CPU kernels: default, avx2 or avx512. Exists only where they are loaded.
+    "cpu_capability() -> str",
 )
 
 for _schema in SCHEMAS:

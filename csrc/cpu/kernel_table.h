@@ -1,0 +1,44 @@
+// Builds the table of one instruction set; included last by kernels_<instruction set>.cpp.
+#pragma once
+
+#include "scan2d_impl.h"
+#include "selective_scan_impl.h"
+
+namespace mmvmamba {
+namespace {
+
+// Call a task function with the number of vectors per block as a constant.
+#define MMVMAMBA_BY_BLOCK(function, args, channels, begin, end, memory)   \
+  switch (block_width<T>(channels) / kLanes<T>) {                         \
+    case 1:                                                               \
+      return function<T, 1>(args, begin, end, memory);                    \
+    case 2:                                                               \
+      return function<T, 2>(args, begin, end, memory);                    \
+    case 3:                                                               \
+      return function<T, 3>(args, begin, end, memory);                    \
+    default:                                                              \
+      return function<T, 4>(args, begin, end, memory);                    \
+  }
+
+template <typename T>
+Kernels<T> make_kernels() {
+  Kernels<T> kernels;
+  kernels.block_width = block_width<T>;
+  kernels.workspace = workspace<T>;
+  kernels.selective_scan = [](const SelectiveScanArgs<T>& a, int64_t begin, int64_t end, T* memory) {
+    MMVMAMBA_BY_BLOCK(selective_scan_tasks, a, a.channels / a.groups, begin, end, memory)
+  };
+  kernels.selective_scan_backward = [](const SelectiveScanArgs<T>& a, int64_t begin, int64_t end, T* memory) {
+    MMVMAMBA_BY_BLOCK(selective_scan_backward_tasks, a, a.channels / a.groups, begin, end, memory)
+  };
+  kernels.scan2d = [](const Scan2dArgs<T>& a, int64_t begin, int64_t end, T* memory) {
+    MMVMAMBA_BY_BLOCK(scan2d_tasks, a, a.channels, begin, end, memory)
+  };
+  kernels.scan2d_backward = [](const Scan2dArgs<T>& a, int64_t begin, int64_t end, T* memory) {
+    MMVMAMBA_BY_BLOCK(scan2d_backward_tasks, a, a.channels, begin, end, memory)
+  };
+  return kernels;
+}
+
+}  // namespace
+}  // namespace mmvmamba

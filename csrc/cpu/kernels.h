@@ -1,0 +1,90 @@
+// Interface between the PyTorch glue (selective_scan.cpp, scan2d.cpp) and the kernels, which are compiled once per
+// instruction set. No header but <stdint.h> may be included here or in kernels_impl.h: an inline function of a library
+// header compiled with AVX-512 could be picked by the linker for the portable code and crash on an older processor.
+#pragma once
+
+#include <stdint.h>
+
+namespace mmvmamba {
+
+// Positions between two saved states; CHUNK in mmvmamba/ops/library.py.
+constexpr int kChunk = 32;
+
+// Codes of the named routes; ScanOrder in mmvmamba/ops/scan2d/orders.py.
+enum ScanOrder : int64_t { kRow = 0, kColumn = 1, kRowReversed = 2, kColumnReversed = 3 };
+
+// All tensors are contiguous and of type T. Pointers marked "or null" belong to optional arguments.
+template <typename T>
+struct SelectiveScanArgs {
+  const T* u;           // (b, d, l)
+  const T* delta;       // (b, d, l)
+  const T* A;           // (d, n)
+  const T* B;           // (b, g, n, l)
+  const T* C;           // (b, g, n, l)
+  const T* D;           // (d) or null
+  const T* delta_bias;  // (d) or null
+  int64_t batch, channels, length, states, groups;
+  bool delta_softplus;
+  T* out;         // forward: (b, d, l)
+  T* last_state;  // forward: (b, d, n)
+  T* carries;     // (b, chunks, n, d): written by the forward unless null, read by the backward
+  const T* grad_out;         // backward: (b, d, l)
+  const T* grad_last_state;  // backward: (b, d, n) or null
+  T* du;                     // (b, d, l)
+  T* ddelta;                 // (b, d, l)
+  // Partial sums, one slice per task, added up in index order afterwards: the result does not depend on threads.
+  T* dA;     // (b, d, n)
+  T* dD;     // (b, d) or null
+  T* dbias;  // (b, d) or null
+  T* dB;     // (blocks, b, g, n, l)
+  T* dC;     // (blocks, b, g, n, l)
+};
+
+template <typename T>
+struct Scan2dArgs {
+  const T* x;            // (b, h w, d)
+  const T* projections;  // (b, h w, k, r + 2 n)
+  const T* dt_weight;    // (k, d, r)
+  const T* dt_bias;      // (k, d) or null
+  const T* A;            // (k, d, n)
+  const T* D;            // (k, d) or null
+  const int64_t* orders;       // (k) ScanOrder codes, or null
+  const int64_t* permutation;  // (k, l) pixel indices, or null
+  int64_t batch, height, width, channels, routes, rank, states, length;
+  bool delta_softplus;
+  T* out;      // forward: (b, h w, d)
+  T* carries;  // (b, k, chunks, n, d): written by the forward unless null, read by the backward
+  const T* grad_out;  // backward: (b, h w, d)
+  T* dx;              // (b, h w, d)
+  // Partial sums, as above.
+  T* dprojections;  // (blocks, b, h w, k, r + 2 n)
+  T* ddt_weight;    // (b, k, d, r)
+  T* ddt_bias;      // (b, k, d) or null
+  T* dA;            // (b, k, d, n)
+  T* dD;            // (b, k, d) or null
+};
+
+// The kernels of one instruction set. A task is one batch entry and one block of channels; tasks are independent.
+template <typename T>
+struct Kernels {
+  int64_t (*block_width)(int64_t channels);  // channels per task, the same for every instruction set
+  int64_t (*workspace)(int64_t states, int64_t rank);  // scratch of one thread, in elements
+  void (*selective_scan)(const SelectiveScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  void (*selective_scan_backward)(const SelectiveScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  void (*scan2d)(const Scan2dArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  void (*scan2d_backward)(const Scan2dArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+};
+
+struct KernelTable {
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// Defined in kernels_<name>.cpp.
+const KernelTable& baseline_kernels();
+#if defined(__x86_64__)
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+#endif
+
+}  // namespace mmvmamba

@@ -1,0 +1,23 @@
+// The kernels for AVX-512 (F, DQ, BW, VL).
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#endif
+
+#include "kernel_table.h"
+
+namespace mmvmamba {
+
+const KernelTable& avx512_kernels() {
+  static const KernelTable table = {make_kernels<float>(), make_kernels<double>()};
+  return table;
+}
+
+}  // namespace mmvmamba
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__
