@@ -9,8 +9,8 @@ Environment variables read here, and nowhere else:
 
 | variable | values | meaning |
 |---|---|---|
-| ``MMVMAMBA_BUILD`` | ``auto`` (default), ``0``, ``1`` | the extension: where it can be built, never, or required |
-| ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | the CUDA kernels: where they can be built, never, or required |
+| ``MMVMAMBA_BUILD`` | ``auto`` (default), ``0``, ``1`` | the extension: if it can be built, never, required |
+| ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | the CUDA kernels: if they can be built, never, required |
 | ``TORCH_CUDA_ARCH_LIST`` | e.g. ``8.0;9.0+PTX`` | GPU generations of the CUDA kernels; a live GPU is never asked |
 | ``MAX_JOBS`` | a number >= 1 | compilations at the same time (needs ninja) |
 | ``DEBUG`` | ``0`` (default), ``1`` | ``1``: no optimisation, debug symbols, asserts on |
@@ -283,7 +283,7 @@ def make_build_ext(options: Options, cuda: str | None) -> type:
             library = Path(self.get_ext_fullpath(NAME))
             for leftover in (library, library.with_name("_C.json")):  # of an earlier build that succeeded
                 leftover.unlink(missing_ok=True)
-            self.extensions = []
+            self.extensions: list[Extension] = []
             self.distribution.ext_modules = []
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
             if wheel is not None:

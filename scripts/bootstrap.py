@@ -21,11 +21,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Mapping, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = (3, 10)
@@ -135,7 +134,7 @@ def check_disk(place: Path, need_gb: float) -> None:
         )
 
 
-def compile_jobs(environ: dict[str, str]) -> int:
+def compile_jobs(environ: Mapping[str, str]) -> int:
     """Compilations at the same time: ``MAX_JOBS``, or all cores as far as memory allows."""
     text = environ.get("MAX_JOBS", "").strip()
     if text:
@@ -249,9 +248,19 @@ def run_logged(step: int, command: list[str], log: Path, extra_env: dict[str, st
         raise SetupError("step {} of {}: {} (log: {})".format(step, STEPS, explain_failure(text), log))
 
 
-def cuda_environment() -> dict[str, str]:
-    """Build onedl-mmcv for the GPU only where both a GPU and nvcc are there; else it would stop half-way."""
-    return {} if shutil.which("nvcc") else {"CUDA_VISIBLE_DEVICES": ""}
+def cuda_environment(torch_cuda: str) -> dict[str, str]:
+    """Hide the GPU from onedl-mmcv's build unless there is an nvcc of PyTorch's CUDA; else it would stop half-way.
+
+    Args:
+        torch_cuda: ``torch.version.cuda``, e.g. ``"13.0"``.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        answer = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, universal_newlines=True, check=False)
+        release = re.search(r"release (\d+)\.", answer.stdout)
+        if release is not None and release.group(1) == torch_cuda.split(".")[0]:
+            return {}
+    return {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def install_environment(venv: Path, interpreter: Interpreter, log: Path) -> None:
@@ -259,7 +268,7 @@ def install_environment(venv: Path, interpreter: Interpreter, log: Path) -> None
     lock = str(ROOT / "requirements" / "lock.txt")
     python = str(venv / "bin" / "python")
     path = {"PATH": "{}{}{}".format(venv / "bin", os.pathsep, os.environ.get("PATH", ""))}
-    jobs = compile_jobs(dict(os.environ))
+    jobs = compile_jobs(os.environ)
     pip = [python, "-m", "pip", "install", "--no-build-isolation", "--constraint", lock]
 
     say(2, "creating {} with {} and its build tools".format(venv, interpreter.path))
@@ -269,22 +278,24 @@ def install_environment(venv: Path, interpreter: Interpreter, log: Path) -> None
     say(3, "installing PyTorch (about 3 GB to fetch the first time)")
     run_logged(3, [*pip, "torch", "torchvision"], log, path)
     say(4, "installing onedl-mmcv from source with {} job(s): about 12 minutes once, then kept by pip".format(jobs))
-    build = {"MMCV_WITH_OPS": "1", "FORCE_CUDA": "0", "MAX_JOBS": str(jobs), **cuda_environment(), **path}
+    build = {"MMCV_WITH_OPS": "1", "FORCE_CUDA": "0", "MAX_JOBS": str(jobs), **path}
+    build.update(cuda_environment(ask(python, "import torch; print(torch.version.cuda)")))
     run_logged(4, [*pip, "onedl-mmcv"], log, build)
     say(5, "installing the rest of requirements/lock.txt")
     run_logged(5, [*pip, "--requirement", lock], log, path)
-    if re.search(r"^headless = True", cv2_version_file(python), re.MULTILINE) is None:
+    folder = Path(ask(python, "import sysconfig; print(sysconfig.get_paths()['platlib'])"))
+    if "headless = True" not in (folder / "cv2" / "version.py").read_text(encoding="utf-8"):
         # Two wheels share the folder cv2 and the last one wins; only this one runs without X libraries.
         headless = [*pip, "--force-reinstall", "--no-deps", "opencv-python-headless"]
         run_logged(5, headless, log, path)
     run_logged(5, [python, "-m", "pip", "check"], log, path)
 
 
-def cv2_version_file(python: str) -> str:
-    """The text of ``cv2/version.py`` in the environment of ``python``."""
-    query = "import sysconfig; print(sysconfig.get_paths()['platlib'])"
-    folder = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
-    return (Path(folder) / "cv2" / "version.py").read_text(encoding="utf-8")
+def ask(python: str, code: str) -> str:
+    """What ``code`` prints under the interpreter ``python``."""
+    return subprocess.run(
+        [python, "-c", code], stdout=subprocess.PIPE, universal_newlines=True, check=True
+    ).stdout.strip()
 
 
 def install_package(venv: Path, log: Path) -> None:
@@ -292,7 +303,7 @@ def install_package(venv: Path, log: Path) -> None:
     say(6, "compiling and installing mmvmamba")
     environment = {
         "MMVMAMBA_BUILD": "1",  # the compiler was checked, so a failure is news
-        "MAX_JOBS": str(compile_jobs(dict(os.environ))),
+        "MAX_JOBS": str(compile_jobs(os.environ)),
         "PATH": "{}{}{}".format(venv / "bin", os.pathsep, os.environ.get("PATH", "")),
     }
     command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
