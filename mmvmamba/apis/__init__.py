@@ -1,0 +1,6 @@
+"""What the command lines in ``tools/`` do, importable."""
+
+from mmvmamba.apis.data import check_data
+from mmvmamba.apis.runner import build_runner, load_config, prepare_testing, prepare_training
+
+__all__ = ["build_runner", "check_data", "load_config", "prepare_testing", "prepare_training"]

@@ -1,0 +1,89 @@
+"""Finding out before anything is built that a data set is not where the config says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mmvmamba.errors import DataError
+
+#: Data set type -> how to get it.
+_HOW_TO_GET: dict[str, str] = {
+    "CocoDataset": (
+        "Download train2017.zip, val2017.zip and annotations_trainval2017.zip from https://cocodataset.org/#download "
+        "and unpack them into data/coco"
+    ),
+    "ADE20KDataset": (
+        "Download http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip and unpack it into data/ade"
+    ),
+    "ImageNet": (
+        "Download the ILSVRC2012 images from https://image-net.org/download-images (free account) and unpack them into "
+        "data/imagenet/train and data/imagenet/val, one folder per class"
+    ),
+}
+_DIGITS = "Run: python tools/dataset_converters/digits.py"
+_OWN_DATA = "Check the paths of the config"
+_OVERRIDE = "or point the config to your copy with --cfg-options {split}_dataloader.dataset.data_root=DIR."
+
+#: These fetch their files themselves when they are missing.
+_SELF_DOWNLOADING = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
+
+
+def check_data(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
+    """Raise ``DataError`` for the first file or folder of the data sets that does not exist.
+
+    Args:
+        cfg: A config of MMDetection, MMSegmentation or MMPretrain.
+        splits: Which of ``"train"``, ``"val"`` and ``"test"`` are going to be used.
+
+    Raises:
+        DataError: Naming the path, the config entry and how to get the data.
+    """
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in _datasets(loader.get("dataset") if loader else None):
+            for entry, path in _paths(dataset):
+                if not os.path.exists(path):
+                    kind = str(dataset.get("type", "")).rpartition(".")[2]
+                    raise DataError(_message(split, entry, path, kind))
+
+
+def _message(split: str, entry: str, path: str, kind: str) -> str:
+    cure = _DIGITS if "digits" in path.replace(os.sep, "/").split("/") else _HOW_TO_GET.get(kind, _OWN_DATA)
+    return (
+        f"data set not found: {split}_dataloader.dataset ({kind or 'no type'}), {entry}: {os.path.abspath(path)!r} does "
+        f"not exist. {cure}, {_OVERRIDE.format(split=split)}"
+    )
+
+
+def _datasets(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the innermost data set configs inside wrappers and concatenations."""
+    if isinstance(dataset, Sequence) and not isinstance(dataset, str):
+        for part in dataset:
+            yield from _datasets(part)
+    elif isinstance(dataset, Mapping):
+        inner = dataset.get("dataset", dataset.get("datasets"))
+        if inner is not None:
+            yield from _datasets(inner)
+        else:
+            yield dataset
+
+
+def _paths(dataset: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (entry, path) of everything on disk that a data set config names."""
+    kind = str(dataset.get("type", "")).rpartition(".")[2]
+    if dataset.get("backend_args") or kind in _SELF_DOWNLOADING:
+        return
+    root = dataset.get("data_root") or ""
+    if root:
+        yield "data_root", root
+    annotations = dataset.get("ann_file") or ""
+    if annotations:
+        yield "ann_file", os.path.join(root, annotations)
+    prefixes = dataset.get("data_prefix") or {}
+    if isinstance(prefixes, str):
+        prefixes = {"": prefixes}
+    for name, prefix in prefixes.items():
+        if isinstance(prefix, str) and prefix:
+            yield f"data_prefix.{name}".rstrip("."), os.path.join(root, prefix)

@@ -1,0 +1,219 @@
+"""Turning a config and a few flags into an MMEngine runner, for all three tasks.
+
+The config's ``default_scope`` (mmdet, mmseg or mmpretrain) decides where the flags go.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.config import utils as config_utils
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from mmvmamba.errors import CheckpointError, ConfigError
+
+SCOPES = ("mmdet", "mmseg", "mmpretrain")
+_DET_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+
+
+def load_config(
+    path: str,
+    *,
+    work_dir: str | None = None,
+    cfg_options: Mapping[str, Any] | None = None,
+    launcher: str = "none",
+) -> Config:
+    """Read a config file and apply the flags that training and testing share.
+
+    Args:
+        path: The config file.
+        work_dir: Where logs and checkpoints go; by default the config's own, else ``work_dirs/<config name>``.
+        cfg_options: Entries to overwrite, dotted names to values.
+        launcher: How distributed processes are started.
+
+    Raises:
+        ConfigError: If the file does not exist or its ``default_scope`` is none of ``SCOPES``.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"config is {path!r}, which is no file in {os.getcwd()!r}, expected a config file. Check the path; the "
+            "shipped ones are under configs/."
+        )
+    make_mmseg_bases_resolvable()
+    cfg = Config.fromfile(path)
+    if cfg_options:
+        cfg.merge_from_dict(dict(cfg_options))
+    scope = cfg.get("default_scope")
+    if scope not in SCOPES:
+        raise ConfigError(
+            f"{path}: default_scope is {scope!r}, expected one of {', '.join(SCOPES)}. Inherit a base of that "
+            "library or set default_scope."
+        )
+    cfg.launcher = launcher
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = os.path.join("work_dirs", os.path.splitext(os.path.basename(path))[0])
+    return cfg
+
+
+def make_mmseg_bases_resolvable() -> None:
+    """Let ``_base_ = 'mmseg::...'`` be found where the distribution is not called mmsegmentation.
+
+    MMEngine translates the module name mmseg to the distribution name mmsegmentation before it looks for the
+    config files. The onedl fork is distributed under another name, and MMEngine would then start pip.
+    """
+    try:
+        metadata.distribution("mmsegmentation")
+    except metadata.PackageNotFoundError:
+        config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
+
+
+def prepare_training(cfg: Config, *, amp: bool = False, auto_scale_lr: bool = False, resume: str | None = None) -> None:
+    """Apply the flags of training to ``cfg`` in place.
+
+    Args:
+        cfg: From ``load_config``.
+        amp: Train in mixed precision (float16, dynamic loss scale).
+        auto_scale_lr: Scale the learning rate with the real batch size.
+        resume: A checkpoint file, ``"auto"`` for the newest in the work dir, or None.
+
+    Raises:
+        ConfigError: If mixed precision is asked for on a CPU, or the config names no base batch size.
+        CheckpointError: If there is nothing to resume from.
+    """
+    if amp:
+        if get_device() == "cpu":
+            raise ConfigError("--amp: found no accelerator, expected one: float16 is no faster on a CPU. Drop --amp.")
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.loss_scale = "dynamic"
+    if auto_scale_lr:
+        if cfg.get("auto_scale_lr", {}).get("base_batch_size") is None:
+            raise ConfigError(
+                "--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, expected the batch size its "
+                "learning rate is meant for. Add auto_scale_lr=dict(base_batch_size=...)."
+            )
+        cfg.auto_scale_lr.enable = True
+    if resume is not None:
+        cfg.resume = True
+        cfg.load_from = _checkpoint_to_resume(cfg.work_dir, resume)
+
+
+def _checkpoint_to_resume(work_dir: str, resume: str) -> str:
+    path = find_latest_checkpoint(work_dir) if resume == "auto" else resume
+    if path is None or not os.path.isfile(path):
+        raise CheckpointError(
+            f"--resume: found no checkpoint {path or 'in ' + repr(work_dir)}, expected one to go on from. Give its path, "
+            "or drop --resume to start from the beginning."
+        )
+    return path
+
+
+def prepare_testing(
+    cfg: Config,
+    checkpoint: str,
+    *,
+    out: str | None = None,
+    show_dir: str | None = None,
+    tta: bool = False,
+) -> None:
+    """Apply the flags of testing to ``cfg`` in place.
+
+    Args:
+        cfg: From ``load_config``.
+        checkpoint: The weights to test.
+        out: Where predictions go: a ``.pkl`` file for mmdet and mmpretrain, a folder of label images for mmseg.
+        show_dir: Folder for drawn predictions.
+        tta: Use test-time augmentation.
+
+    Raises:
+        CheckpointError: If the checkpoint does not exist.
+        ConfigError: If the config or model has no support for a flag.
+    """
+    if not os.path.isfile(checkpoint) and "://" not in checkpoint:
+        raise CheckpointError(f"checkpoint {checkpoint!r} does not exist, expected a file or URL. Check the path.")
+    cfg.load_from = checkpoint
+    if show_dir is not None:
+        _draw_predictions(cfg, os.path.abspath(show_dir))
+    if out is not None:
+        _save_predictions(cfg, out)
+    if tta:
+        _augment_test(cfg)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner the config asks for."""
+    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+
+
+def _draw_predictions(cfg: Config, show_dir: str) -> None:
+    hook = cfg.get("default_hooks", {}).get("visualization")
+    if hook is None:
+        raise ConfigError(
+            "--show-dir: the config has no default_hooks.visualization, expected the one of its library's default "
+            "runtime. Inherit that base."
+        )
+    if cfg.default_scope == "mmdet":
+        hook.update(draw=True, test_out_dir=show_dir)
+    elif cfg.default_scope == "mmseg":
+        hook.update(draw=True, interval=1)
+        cfg.visualizer.save_dir = show_dir
+    else:
+        hook.update(enable=True, interval=1, out_dir=show_dir)
+
+
+def _save_predictions(cfg: Config, out: str) -> None:
+    if cfg.default_scope == "mmseg":
+        for metric in _as_list(cfg.test_evaluator):
+            metric.update(output_dir=out, keep_results=True)
+        return
+    if not out.endswith((".pkl", ".pickle")):
+        raise ConfigError(
+            f"--out is {out!r}, expected a file name ending in .pkl for {cfg.default_scope}. Add the ending."
+        )
+    dump = "DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults"
+    cfg.test_evaluator = [*_as_list(cfg.test_evaluator), dict(type=dump, out_file_path=out)]
+
+
+def _augment_test(cfg: Config) -> None:
+    if cfg.default_scope == "mmdet":
+        _set_detection_tta(cfg)
+    elif cfg.default_scope == "mmpretrain":
+        cfg.setdefault("tta_model", ConfigDict(type="AverageClsScoreTTA"))
+        cfg.setdefault("tta_pipeline", _flip_tta(cfg, dict(type="PackInputs")))
+    for name in ("tta_model", "tta_pipeline"):
+        if name not in cfg:
+            raise ConfigError(
+                f"--tta: the config has no {name}, expected one (mmseg's data set bases bring it). Add it or drop --tta."
+            )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def _set_detection_tta(cfg: Config) -> None:
+    heads = [cfg.model.get("roi_head", {}).get("mask_head"), cfg.model.get("mask_head")]
+    if any(head is not None for head in heads):
+        raise ConfigError(
+            f"--tta: model {cfg.model.type} predicts masks, expected a model of boxes only: mmdet merges augmented boxes "
+            "but not masks. Test without --tta."
+        )
+    nms = dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
+    cfg.setdefault("tta_model", ConfigDict(type="DetTTAModel", tta_cfg=nms))
+    cfg.setdefault("tta_pipeline", _flip_tta(cfg, dict(type="PackDetInputs", meta_keys=_DET_META_KEYS)))
+
+
+def _flip_tta(cfg: Config, pack: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the test pipeline with its packing step replaced by packing a mirrored and an unmirrored image."""
+    flips = [dict(type="RandomFlip", prob=1.0, direction="horizontal"), dict(type="RandomFlip", prob=0.0)]
+    steps = list(cfg.test_dataloader.dataset.pipeline[:-1])
+    return [*steps, dict(type="TestTimeAug", transforms=[flips, [pack]])]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

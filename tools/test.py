@@ -1,0 +1,50 @@
+"""Test a detector, segmentor or classifier: ``python tools/test.py CONFIG CHECKPOINT``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from mmengine.config import DictAction
+
+from mmvmamba.apis import build_runner, check_data, load_config, prepare_testing
+from mmvmamba.errors import MMVMambaError
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("config", help="config file of MMDetection, MMSegmentation or MMPretrain style")
+    parser.add_argument("checkpoint", help="weights to test")
+    parser.add_argument("--work-dir", help="where logs and metrics go (default: work_dirs/<config name>)")
+    parser.add_argument("--out", help="save predictions: a .pkl file (mmdet, mmpretrain) or a folder (mmseg)")
+    parser.add_argument("--show-dir", help="folder for drawn predictions")
+    parser.add_argument("--tta", action="store_true", help="use test-time augmentation")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="overwrite config entries, such as test_dataloader.batch_size=4",
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by some launchers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Test."""
+    args = parse_args()
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg = load_config(args.config, work_dir=args.work_dir, cfg_options=args.cfg_options, launcher=args.launcher)
+    prepare_testing(cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, tta=args.tta)
+    check_data(cfg, ["test"])
+    build_runner(cfg).test()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MMVMambaError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,55 @@
+"""Train a detector, segmentor or classifier: ``python tools/train.py CONFIG``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from mmengine.config import DictAction
+
+from mmvmamba.apis import build_runner, check_data, load_config, prepare_training
+from mmvmamba.errors import MMVMambaError
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("config", help="config file of MMDetection, MMSegmentation or MMPretrain style")
+    parser.add_argument("--work-dir", help="where logs and checkpoints go (default: work_dirs/<config name>)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or without a value from the newest in the work dir",
+    )
+    parser.add_argument("--amp", action="store_true", help="train in mixed precision")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="overwrite config entries, such as train_dataloader.batch_size=4",
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by some launchers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train."""
+    args = parse_args()
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg = load_config(args.config, work_dir=args.work_dir, cfg_options=args.cfg_options, launcher=args.launcher)
+    prepare_training(cfg, amp=args.amp, auto_scale_lr=args.auto_scale_lr, resume=args.resume)
+    check_data(cfg, ["train", "val"])
+    build_runner(cfg).train()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MMVMambaError as error:
+        sys.exit(f"error: {error}")
