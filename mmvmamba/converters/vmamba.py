@@ -23,6 +23,7 @@ _BASE_FORWARDS: dict[str, str] = {
     **dict.fromkeys(("v01", "v02", "v03", "v04", "v05", "v1", "v2", "v3", "v4"), "cross"),
     **dict.fromkeys(("v051d", "v31d"), "unidirectional"),
     **dict.fromkeys(("v052d", "v32d"), "bidirectional"),
+    "v052d3": "rotated",
     **dict.fromkeys(("v052dc", "v32dc"), "cascade"),
 }
 _VANILLA_FORWARDS = ("v0", "v0seq")

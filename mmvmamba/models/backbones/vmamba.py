@@ -36,7 +36,7 @@ from mmvmamba.models.layers.ssm_init import SSMInit
 from mmvmamba.ops import BIDIRECTIONAL_SCAN, CROSS_SCAN, UNIDIRECTIONAL_SCAN, selective_scan
 from mmvmamba.registry import MODELS
 
-Scan = Literal["cross", "unidirectional", "bidirectional", "cascade"]
+Scan = Literal["cross", "unidirectional", "bidirectional", "rotated", "cascade"]
 SCANS: tuple[str, ...] = get_args(Scan)
 
 
@@ -124,9 +124,19 @@ _ORDERS = {
     "cross": CROSS_SCAN,
     "unidirectional": UNIDIRECTIONAL_SCAN,
     "bidirectional": BIDIRECTIONAL_SCAN,
-    # Only the number of directions counts here: two along the rows, then two along the columns.
+    # Only the number of directions counts here; the classes below say where they go.
+    "rotated": CROSS_SCAN,
     "cascade": CROSS_SCAN,
 }
+
+
+class RotatedSS2D(SS2D):
+    """Scan the map row by row in each of its four rotations by a quarter turn."""
+
+    def routes(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return the pixel indices (4, l) of the rotated maps."""
+        pixels = torch.arange(rows * columns, device=device).view(rows, columns)
+        return torch.stack([pixels.rot90(turns).flatten() for turns in range(4)])
 
 
 class CascadeSS2D(SS2D):
@@ -329,8 +339,7 @@ def resolve_arch(arch: str | Mapping[str, Any] | VMambaArch) -> VMambaArch:
 
 
 def _build_ss2d(channels: int, arch: VMambaArch) -> SS2D:
-    layer = CascadeSS2D if arch.scan == "cascade" else SS2D
-    return layer(
+    return {"rotated": RotatedSS2D, "cascade": CascadeSS2D}.get(arch.scan, SS2D)(
         channels,
         d_state=arch.d_state,
         ssm_ratio=arch.ssm_ratio,

@@ -134,9 +134,13 @@ class SS2D(nn.Module):
             bias,
             decay,
             skip,
-            orders=self.scan_orders,
+            orders=self.routes(h, w, x.device),
             out_dtype=bias.dtype,
         )
+
+    def routes(self, rows: int, columns: int, device: torch.device) -> Sequence[ScanOrder] | Tensor:
+        """Return the k orders for a map of this size, as names or as a permutation (k, l) of pixel indices."""
+        return self.scan_orders
 
     def scan_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return dt weight (k, d, r), dt bias (k, d), A (k, d, n) and D (k, d) as the operators want them.
