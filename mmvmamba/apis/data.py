@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmvmamba.errors import DataError
@@ -44,16 +44,16 @@ def check_data(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.get("dataset") if loader else None):
             for entry, path in _paths(dataset):
-                if not os.path.exists(path):
+                if not path.exists():
                     kind = str(dataset.get("type", "")).rpartition(".")[2]
                     raise DataError(_message(split, entry, path, kind))
 
 
-def _message(split: str, entry: str, path: str, kind: str) -> str:
-    cure = _DIGITS if "digits" in path.replace(os.sep, "/").split("/") else _HOW_TO_GET.get(kind, _OWN_DATA)
+def _message(split: str, entry: str, path: Path, kind: str) -> str:
+    cure = _DIGITS if "digits" in path.parts else _HOW_TO_GET.get(kind, _OWN_DATA)
     return (
-        f"data set not found: {split}_dataloader.dataset ({kind or 'no type'}), {entry}: {os.path.abspath(path)!r} does "
-        f"not exist. {cure}, {_OVERRIDE.format(split=split)}"
+        f"data set not found: {split}_dataloader.dataset ({kind or 'no type'}), {entry}: "
+        f"{str(path.absolute())!r} does not exist. {cure}, {_OVERRIDE.format(split=split)}"
     )
 
 
@@ -70,20 +70,20 @@ def _datasets(dataset: Any) -> Iterator[Mapping[str, Any]]:
             yield dataset
 
 
-def _paths(dataset: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _paths(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """Yield (entry, path) of everything on disk that a data set config names."""
     kind = str(dataset.get("type", "")).rpartition(".")[2]
     if dataset.get("backend_args") or kind in _SELF_DOWNLOADING:
         return
-    root = dataset.get("data_root") or ""
-    if root:
+    root = Path(dataset.get("data_root") or "")
+    if dataset.get("data_root"):
         yield "data_root", root
     annotations = dataset.get("ann_file") or ""
     if annotations:
-        yield "ann_file", os.path.join(root, annotations)
+        yield "ann_file", root / annotations
     prefixes = dataset.get("data_prefix") or {}
     if isinstance(prefixes, str):
         prefixes = {"": prefixes}
     for name, prefix in prefixes.items():
         if isinstance(prefix, str) and prefix:
-            yield f"data_prefix.{name}".rstrip("."), os.path.join(root, prefix)
+            yield f"data_prefix.{name}".rstrip("."), root / prefix

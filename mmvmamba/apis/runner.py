@@ -5,9 +5,9 @@ The config's ``default_scope`` (mmdet, mmseg or mmpretrain) decides where the fl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -40,9 +40,9 @@ def load_config(
     Raises:
         ConfigError: If the file does not exist or its ``default_scope`` is none of ``SCOPES``.
     """
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise ConfigError(
-            f"config is {path!r}, which is no file in {os.getcwd()!r}, expected a config file. Check the path; the "
+            f"config is {path!r}, which is no file in {str(Path.cwd())!r}, expected a config file. Check the path; the "
             "shipped ones are under configs/."
         )
     make_mmseg_bases_resolvable()
@@ -59,7 +59,7 @@ def load_config(
     if work_dir is not None:
         cfg.work_dir = work_dir
     elif cfg.get("work_dir") is None:
-        cfg.work_dir = os.path.join("work_dirs", os.path.splitext(os.path.basename(path))[0])
+        cfg.work_dir = str(Path("work_dirs") / Path(path).stem)
     return cfg
 
 
@@ -107,10 +107,10 @@ def prepare_training(cfg: Config, *, amp: bool = False, auto_scale_lr: bool = Fa
 
 def _checkpoint_to_resume(work_dir: str, resume: str) -> str:
     path = find_latest_checkpoint(work_dir) if resume == "auto" else resume
-    if path is None or not os.path.isfile(path):
+    if path is None or not Path(path).is_file():
         raise CheckpointError(
-            f"--resume: found no checkpoint {path or 'in ' + repr(work_dir)}, expected one to go on from. Give its path, "
-            "or drop --resume to start from the beginning."
+            f"--resume: found no checkpoint {path or 'in ' + repr(work_dir)}, expected one to go on from. Give its "
+            "path, or drop --resume to start from the beginning."
         )
     return path
 
@@ -136,11 +136,11 @@ def prepare_testing(
         CheckpointError: If the checkpoint does not exist.
         ConfigError: If the config or model has no support for a flag.
     """
-    if not os.path.isfile(checkpoint) and "://" not in checkpoint:
+    if not Path(checkpoint).is_file() and "://" not in checkpoint:
         raise CheckpointError(f"checkpoint {checkpoint!r} does not exist, expected a file or URL. Check the path.")
     cfg.load_from = checkpoint
     if show_dir is not None:
-        _draw_predictions(cfg, os.path.abspath(show_dir))
+        _draw_predictions(cfg, str(Path(show_dir).absolute()))
     if out is not None:
         _save_predictions(cfg, out)
     if tta:
@@ -190,7 +190,8 @@ def _augment_test(cfg: Config) -> None:
     for name in ("tta_model", "tta_pipeline"):
         if name not in cfg:
             raise ConfigError(
-                f"--tta: the config has no {name}, expected one (mmseg's data set bases bring it). Add it or drop --tta."
+                f"--tta: the config has no {name}, expected one (mmseg's data set bases bring it). Add it "
+                "or drop --tta."
             )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
@@ -200,8 +201,8 @@ def _set_detection_tta(cfg: Config) -> None:
     heads = [cfg.model.get("roi_head", {}).get("mask_head"), cfg.model.get("mask_head")]
     if any(head is not None for head in heads):
         raise ConfigError(
-            f"--tta: model {cfg.model.type} predicts masks, expected a model of boxes only: mmdet merges augmented boxes "
-            "but not masks. Test without --tta."
+            f"--tta: model {cfg.model.type} predicts masks, expected a model of boxes only: mmdet merges augmented "
+            "boxes but not masks. Test without --tta."
         )
     nms = dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
     cfg.setdefault("tta_model", ConfigDict(type="DetTTAModel", tta_cfg=nms))

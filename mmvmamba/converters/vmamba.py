@@ -50,7 +50,7 @@ _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "sigmoid": "sigm
 def _upstream_vssm(
     patch_size: int = 4,
     in_chans: int = 3,
-    num_classes: int = 1000,
+    num_classes: int = 1000,  # noqa: ARG001 (belongs to the head)
     depths: Sequence[int] = (2, 2, 9, 2),
     dims: int | Sequence[int] = (96, 192, 384, 768),
     ssm_d_state: int = 16,
@@ -77,7 +77,7 @@ def _upstream_vssm(
 ) -> dict[str, Any]:
     """Translate the arguments of upstream's ``VSSM`` (names and defaults are its) to those of ``VMamba``."""
     depths = tuple(depths)
-    arch = dict(
+    arch: dict[str, Any] = dict(
         dims=tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else tuple(dims),
         depths=depths,
         drop_path_rate=drop_path_rate,
@@ -132,8 +132,8 @@ def parse_forward_type(forward_type: str) -> dict[str, Any]:
     match = _FORWARD_TYPE.fullmatch(forward_type)
     if match is None or match["base"] not in _BASE_FORWARDS:
         raise ConfigError(
-            f"forward_type is {forward_type!r}, expected one of {', '.join((*_VANILLA_FORWARDS, *_BASE_FORWARDS))}; all "
-            "but the first two may be followed by at most one out norm "
+            f"forward_type is {forward_type!r}, expected one of {', '.join((*_VANILLA_FORWARDS, *_BASE_FORWARDS))}; "
+            "all but the first two may be followed by at most one out norm "
             f"({', '.join(name for name in _OUT_NORMS if name)}) and then, in this order, by _nozact, _noz, _oact and "
             f"_no32.{nearest_spelling(forward_type, _BASE_FORWARDS)} Reorder or correct the suffixes."
         )
@@ -147,7 +147,7 @@ def parse_forward_type(forward_type: str) -> dict[str, Any]:
 
 
 def _translate(argument: str, value: object, table: Mapping[str, str]) -> str:
-    key = value.lower() if isinstance(value, str) else value
+    key = str(value).lower()
     if key not in table:
         raise ConfigError(
             f"{argument} is {value!r}, expected one of {', '.join(map(repr, table))}.{nearest_spelling(value, table)} "
@@ -200,8 +200,8 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
     extra = {name: kwargs.pop(name, default) for name, default in _BACKBONE_DEFAULTS.items()}
     if extra["pretrained"] not in (None, ""):
         raise ConfigError(
-            f"pretrained is {extra['pretrained']!r}, expected None: this function only builds. Load the file and pass "
-            "its entries through convert_state_dict."
+            f"pretrained is {extra['pretrained']!r}, expected None: this function only builds. Load the file and "
+            "pass its entries through convert_state_dict."
         )
     options = _upstream_vssm(**kwargs, norm_layer=extra["norm_layer"])
     # Upstream's feature extractor owns a position embedding but never adds it.
@@ -224,7 +224,7 @@ def _build_classifier(kwargs: dict[str, Any]) -> nn.Module:
 
 # ---------------------------------------------------------------- state dicts
 
-_OP = r"(?:x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds|in_proj\.weight|conv2d\.(?:weight|bias)|out_proj\.weight)"
+_OP = r"(?:x_proj_weight|dt_projs_(?:weight|bias)|A_logs|Ds|(?:in|out)_proj\.weight|conv2d\.(?:weight|bias))"
 _AFFINE = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
 _BLOCK = r"layers\.\d+\.blocks\.\d+\."
 
@@ -257,8 +257,8 @@ def _read(form: str, state_dict: Mapping[str, Tensor], fill_out_norms: Sequence[
         return _fill_out_norms(ours, state_dict, fill_out_norms)
     if fill_out_norms:
         raise ConfigError(
-            f"fill_out_norms is {tuple(fill_out_norms)} for form 'classifier', expected () there: a classifier has no out "
-            "norms. Use form='backbone'."
+            f"fill_out_norms is {tuple(fill_out_norms)} for form 'classifier', expected () there: a classifier has no "
+            "out norms. Use form='backbone'."
         )
     trunk = rename(_without_head(state_dict), (*_TRUNK, *_OLD_TRUNK), "a VMamba classifier")
     last = _num_stages(trunk) - 1
@@ -314,8 +314,8 @@ def _fill_out_norms(ours: StateDict, upstream: Mapping[str, Tensor], stages: Seq
         )
         if like is None:
             raise CheckpointMismatch(
-                f"fill_out_norms names stage {stage}, but the state dict has {_num_stages(ours)} stages. Name only stages "
-                "from 0 to that number less one."
+                f"fill_out_norms names stage {stage}, but the state dict has {_num_stages(ours)} stages. Name only "
+                "stages from 0 to that number less one."
             )
         for name in names:
             fill = 1.0 if name in ("weight", "running_var") else 0.0

@@ -100,9 +100,7 @@ def test_round_trip_is_bitwise(path):
     meta = json.loads(path.with_suffix(".json").read_text())
     data = np.load(path)
     state = {key[3:]: _tensor(data[key]) for key in data.files if key.startswith("sd:")}
-    back = to_upstream_state_dict(
-        meta["family"], meta["form"], convert_state_dict(meta["family"], meta["form"], state)
-    )
+    back = to_upstream_state_dict(meta["family"], meta["form"], convert_state_dict(meta["family"], meta["form"], state))
     assert set(back) == set(state)
     assert all(torch.equal(back[key], state[key]) for key in state)
 

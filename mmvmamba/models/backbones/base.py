@@ -7,6 +7,7 @@ layer depths. It never runs a stage: a family file reads top to bottom without i
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -217,7 +218,7 @@ def check_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int,
         isinstance(out_indices, Sequence)
         and len(out_indices) > 0
         and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_stages for i in out_indices)
-        and all(a < b for a, b in zip(out_indices, out_indices[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(out_indices))
     )
     if not valid:
         raise ConfigError(

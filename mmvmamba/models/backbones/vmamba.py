@@ -133,9 +133,10 @@ _ORDERS = {
 class RotatedSS2D(SS2D):
     """Scan the map row by row in each of its four rotations by a quarter turn."""
 
-    def routes(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Return the pixel indices (4, l) of the rotated maps."""
-        pixels = torch.arange(rows * columns, device=device).view(rows, columns)
+    def routes(self, x: Tensor) -> Tensor:
+        """Return the pixel indices (4, l) of the rotated maps of ``x`` (b, h, w, d)."""
+        _, h, w, _ = x.shape
+        pixels = torch.arange(h * w, device=x.device).view(h, w)
         return torch.stack([pixels.rot90(turns).flatten() for turns in range(4)])
 
 
@@ -173,6 +174,7 @@ class CascadeSS2D(SS2D):
             delta_softplus=True,
             out_dtype=bias.dtype,
         )
+        assert isinstance(y, Tensor)  # a tuple only with return_last_state
         return y.view(b, h, 2, d, w).sum(2).transpose(2, 3)
 
 
@@ -298,6 +300,7 @@ class VMamba(BaseBackbone):
             x = x + _resize(self.pos_embed, x.shape[1], x.shape[2]).permute(0, 2, 3, 1)
         outs = []
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Stage)  # for the type checker
             for block in layer.blocks:
                 x = self.run_block(block, x)
             if i in self.out_indices:

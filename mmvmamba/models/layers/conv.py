@@ -8,11 +8,10 @@ from torch.nn import functional as F
 
 def pad_to_kernel(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Zero-pad ``x`` (b, c, h, w) at the right and bottom where ``conv`` could not be applied even once."""
-    missing = [
-        max(0, kernel - 2 * int(padding) - size)
-        for kernel, padding, size in zip(conv.kernel_size, conv.padding, x.shape[2:], strict=True)
-    ]
-    return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
+    if any(conv.padding):
+        return x
+    below, right = (max(0, kernel - size) for kernel, size in zip(conv.kernel_size, x.shape[2:], strict=True))
+    return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
 class ChannelsLastConv2d(nn.Conv2d):

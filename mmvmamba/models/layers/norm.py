@@ -27,7 +27,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised ``x`` (..., c)."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if x.dtype == torch.float32 and weight.dtype != torch.float32:
             weight, bias = weight.float(), bias.float()
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)

@@ -85,12 +85,11 @@ class SS2D(nn.Module):
 
         self.in_proj = Linear(channels, 2 * inner if gated else inner, bias=False)
         self.act = build_activation(act)
+        self.conv2d: nn.Module = nn.Identity()
         if conv_kernel > 1:
             self.conv2d = ChannelsLastConv2d(
                 inner, inner, conv_kernel, padding=conv_kernel // 2, groups=inner, bias=conv_bias
             )
-        else:
-            self.conv2d = nn.Identity()
         self.x_proj_weight = nn.Parameter(torch.empty(k, rank + 2 * d_state, inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(k, inner, rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(k, inner))
@@ -134,12 +133,12 @@ class SS2D(nn.Module):
             bias,
             decay,
             skip,
-            orders=self.routes(h, w, x.device),
+            orders=self.routes(x),
             out_dtype=bias.dtype,
         )
 
-    def routes(self, rows: int, columns: int, device: torch.device) -> Sequence[ScanOrder] | Tensor:
-        """Return the k orders for a map of this size, as names or as a permutation (k, l) of pixel indices."""
+    def routes(self, x: Tensor) -> Sequence[ScanOrder] | Tensor:  # noqa: ARG002 (subclasses need the size of the map)
+        """Return the k orders for a map ``x`` (b, h, w, d), as names or as a permutation (k, l) of pixel indices."""
         return self.scan_orders
 
     def scan_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

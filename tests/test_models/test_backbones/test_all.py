@@ -1,0 +1,190 @@
+"""What every registered backbone promises; a new family is tested by being registered (with an arch ``nano``)."""
+
+import math
+
+import pytest
+import torch
+
+import mmvmamba.models  # noqa: F401 (fills the registry)
+from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError
+from mmvmamba.models.backbones.base import BaseBackbone
+from mmvmamba.registry import MODELS
+
+BACKBONES = [cls for cls in MODELS.module_dict.values() if issubclass(cls, BaseBackbone)]
+pytestmark = pytest.mark.parametrize("backbone", BACKBONES, ids=lambda cls: cls.__name__)
+
+
+def _image(height, width, batch=1):
+    return torch.randn(batch, 3, height, width)
+
+
+def test_something_is_registered(backbone):
+    assert "VMamba" in [cls.__name__ for cls in BACKBONES]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 96), (65, 97), (3, 70)], ids=str)
+def test_shapes_and_backward(backbone, size):
+    model = backbone("nano").train()
+    outs = model(_image(*size, batch=2))
+    assert isinstance(outs, tuple)
+    for i, out in enumerate(outs):
+        stride = 4 * 2**i
+        assert out.shape[2:] == (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+        assert out.is_contiguous()
+    sum(out.pow(2).mean() for out in outs).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+
+
+@pytest.mark.parametrize("out_indices", [(0,), (3,), (1, 2), [0, 3]], ids=str)
+def test_out_indices_select(backbone, out_indices):
+    every = backbone("nano").eval()
+    some = backbone("nano", out_indices=out_indices).eval()
+    some.load_state_dict(every.state_dict(), strict=False)
+    image = _image(40, 56)
+    for i, out in zip(out_indices, some(image), strict=True):
+        torch.testing.assert_close(out, every(image)[i], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("out_indices", [(), (4,), (-1,), (1, 1), (2, 1), (0.0,), "0", None], ids=str)
+def test_bad_out_indices(backbone, out_indices):
+    with pytest.raises(ConfigError, match=r"out_indices is .*expected distinct stages from 0 to 3"):
+        backbone("nano", out_indices=out_indices)
+
+
+def test_bad_arguments(backbone):
+    with pytest.raises(ConfigError, match=r"arch is 'nono'.*Did you mean 'nano'\?"):
+        backbone("nono")
+    with pytest.raises(ConfigError, match=r"unknown argument 'out_indexes'.*Did you mean 'out_indices'\?"):
+        backbone("nano", out_indexes=(0,))
+    with pytest.raises(ConfigError, match=r"frozen_stages is 5, expected an integer from -1"):
+        backbone("nano", frozen_stages=5)
+    with pytest.raises(ConfigError, match=r"arch: unknown key 'depth'.*Did you mean 'depths'\?"):
+        backbone(dict(dims=[8], depth=[1]))
+
+
+def test_bad_input(backbone):
+    model = backbone("nano")
+    with pytest.raises(OpInputError, match=r"shape \(1, 4, 8, 8\).*in_channels=3"):
+        model(torch.randn(1, 4, 8, 8))
+    with pytest.raises(OpInputError, match="expected a floating dtype"):
+        model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(OpInputError, match="height and width of at least 1"):
+        model(torch.zeros(1, 3, 0, 8))
+
+
+def test_other_in_channels(backbone):
+    for out in backbone("nano", in_channels=5)(torch.randn(1, 5, 16, 16)):
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("frozen_stages", [0, 1, 4])
+def test_freezing(backbone, frozen_stages):
+    model = backbone("nano", frozen_stages=frozen_stages, drop_path_rate=0.2).train()
+    sum(out.mean() for out in model(_image(32, 32))).backward() if frozen_stages < 4 else None
+    for name, parameter in model.named_parameters():
+        head = name.split(".")[0]
+        stage = int(name.split(".")[1]) if head == "layers" else int(head[-1]) if head.startswith("outnorm") else -1
+        frozen = stage < frozen_stages
+        assert parameter.requires_grad is not frozen, name
+        assert not (frozen and parameter.grad is not None), name
+    assert model.patch_embed.training is False
+    assert all(model.layers[i].training is (i >= frozen_stages) for i in range(4))
+
+
+def test_norm_eval(backbone):
+    model = backbone(dict(dims=[8, 16], depths=[1, 1], norm="batch_norm"), norm_eval=True, out_indices=(1,)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+    model(_image(32, 32, batch=2))
+    assert before
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_checkpointing_changes_nothing(backbone):
+    plain, cheap = backbone("nano").train(), backbone("nano", with_cp=True).train()
+    cheap.load_state_dict(plain.state_dict())
+    image = _image(40, 24)
+    for model in (plain, cheap):
+        sum(out.pow(2).mean() for out in model(image)).backward()
+    for a, b in zip(plain.parameters(), cheap.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+def test_state_dict_round_trip(backbone):
+    a, b = backbone("nano").eval(), backbone("nano").eval()
+    b.load_state_dict(a.state_dict(), strict=True)
+    image = _image(33, 47)
+    for x, y in zip(a(image), b(image), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_batch_equals_singles(backbone):
+    model, images = backbone("nano").eval(), _image(33, 47, batch=3)
+    batch = model(images)
+    for i in range(3):
+        for whole, single in zip(batch, model(images[i : i + 1]), strict=True):
+            torch.testing.assert_close(whole[i : i + 1], single, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_layout_of_the_input_does_not_matter(backbone):
+    model, image = backbone("nano").eval(), _image(33, 47, batch=2)
+    flipped = image.flip(-1).flip(-1)
+    sliced = torch.cat([image, image], 3)[..., :47]
+    for other in (image.contiguous(memory_format=torch.channels_last), flipped, sliced):
+        for a, b in zip(model(image), model(other), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_empty_batch(backbone):
+    model = backbone("nano")
+    outs = model(_image(32, 32, batch=0))
+    assert [out.shape[0] for out in outs] == [0] * 4
+    sum(out.sum() for out in outs).backward()
+
+
+def test_half_precision_keeps_its_dtype_and_is_close(backbone):
+    model, image = backbone("nano").eval(), _image(32, 48)
+    with torch.no_grad():
+        expected = model(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(image)
+        narrow = model.bfloat16()(image.bfloat16())
+    for a, b, want in zip(mixed, narrow, expected, strict=True):
+        assert b.dtype == torch.bfloat16
+        assert float((a.float() - want).abs().max() / want.abs().max()) < 0.05
+        assert float((b.float() - want).abs().max() / want.abs().max()) < 0.08
+
+
+def test_layer_depth(backbone):
+    model = backbone("nano")
+    last = sum(model.depths) + 1
+    depths = {name: model.get_layer_depth("backbone." + name, "backbone.") for name, _ in model.named_parameters()}
+    assert {count for _, count in depths.values()} == {last + 1}
+    assert {depth for depth, _ in depths.values()} == set(range(last + 1))
+    assert depths["patch_embed.0.weight"][0] == 0
+    assert depths["outnorm0.weight"][0] == last
+    assert model.get_layer_depth("head.fc.weight", "backbone.") == (last, last + 1)
+
+
+def test_pretrained_weights_load_strictly(backbone, tmp_path):
+    source = backbone("nano")
+    state = {f"backbone.{k}": v for k, v in source.state_dict().items()}
+    torch.save({"state_dict": {**state, "head.fc.weight": torch.zeros(1)}}, tmp_path / "good.pth")
+    init = dict(type="Pretrained", checkpoint=str(tmp_path / "good.pth"), prefix="backbone.")
+    model = backbone("nano", out_indices=(1, 3), init_cfg=init)
+    model.init_weights()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name])
+
+    without_norms = {k: v for k, v in source.state_dict().items() if not k.startswith("outnorm")}
+    torch.save({"model": {**without_norms, "classifier.head.weight": torch.zeros(1)}}, tmp_path / "imagenet.pth")
+    model = backbone("nano", init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "imagenet.pth")))
+    model.init_weights()
+    assert torch.equal(model.outnorm2.weight, torch.ones_like(model.outnorm2.weight))
+    assert torch.equal(model.layers[0].blocks[0].op.A_logs, source.layers[0].blocks[0].op.A_logs)
+
+    wrong = dict(init, prefix="nothing.")
+    with pytest.raises(CheckpointMismatch, match="entries missing"):
+        backbone("nano", init_cfg=wrong).init_weights()
+    with pytest.raises(CheckpointMismatch, match=r"size mismatch|does not fit"):
+        backbone("nano", in_channels=1, init_cfg=init).init_weights()

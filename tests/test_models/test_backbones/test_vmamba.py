@@ -1,0 +1,99 @@
+"""What is special to VMamba."""
+
+import pytest
+import torch
+
+from mmvmamba.errors import ConfigError
+from mmvmamba.models import VMamba
+from mmvmamba.models.backbones.vmamba import ARCHS, VMambaArch
+
+#: Parameters with out norms, counted from the official key lists (test_parity.py) less the classification head.
+VARIANTS = [name for name in ARCHS if name != "nano"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_agrees_with_the_official_one(name):
+    """The arch called ``name`` is the released variant of that name."""
+    from mmvmamba.converters import from_upstream
+
+    prefix, _, rest = name.partition("-")
+    function = f"vanilla_vmamba_{rest}" if prefix == "vanilla" else f"vmamba_{prefix}_{rest}"
+    with torch.device("meta"):
+        ours, theirs = VMamba(name), from_upstream("vmamba", "backbone", {"function": function})
+    assert ours.arch == theirs.arch
+
+
+def test_drop_path_rises_linearly():
+    model = VMamba("nano", drop_path_rate=0.4)
+    rates = [block.drop_path.rate for layer in model.layers for block in layer.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_nano_is_small():
+    assert sum(p.numel() for p in VMamba("nano").parameters()) < 2_000_000
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 9), (17, 33)], ids=str)
+def test_rounding_down_stems_work_at_every_size(size):
+    """Where upstream's unpadded convolutions would find no pixel, zeros are added; elsewhere they round down."""
+    model = VMamba(dict(dims=[8, 16, 24], depths=[1, 1, 1], patch_embed="patchify", downsample="conv2x2"),
+                   out_indices=(0, 1, 2))  # fmt: skip
+    expected = [max(1, n // 4) for n in size]
+    for out in model(torch.randn(1, 3, *size)):
+        assert list(out.shape[2:]) == expected
+        expected = [max(1, n // 2) for n in expected]
+
+
+def test_position_embedding_is_added_and_resized():
+    model = VMamba("nano", pos_embed_size=(8, 8)).eval()
+    bare = VMamba("nano").eval()
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if k != "pos_embed"})
+    for size in ((32, 32), (40, 24)):
+        image = torch.randn(1, 3, *size)
+        assert not torch.equal(model(image)[0], bare(image)[0])
+    other = VMamba("nano", pos_embed_size=(4, 6))
+    other.load_state_dict(model.state_dict(), strict=True)
+    expected = torch.nn.functional.interpolate(model.pos_embed, (4, 6), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(other.pos_embed.data, expected.data)
+
+
+def test_post_norm_norms_the_branch():
+    torch.manual_seed(0)
+    arch = dict(dims=[8], depths=[1], patch_embed="patchify", post_norm=True, mlp_ratio=0.0)
+    model = VMamba(arch, out_indices=(0,)).eval()
+    block = model.layers[0].blocks[0]
+    x = torch.randn(1, 3, 4, 8)
+    torch.testing.assert_close(block(x), x + block.norm(block.op(x)))
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (dict(dims=[8, 16], depths=[1]), "expected equal lengths"),
+        (dict(dims=[8]), "depths missing"),
+        (dict(dims=[8], depths=[0]), "expected positive integers"),
+        (dict(dims=[8], depths=[1], scan="crosss"), "Did you mean 'cross'"),
+        (dict(dims=[8], depths=[1], out_norm="layernorm"), "Did you mean 'layer_norm'"),
+        (dict(dims=[8], depths=[1], norm="ln"), "expected one of 'layer_norm', 'batch_norm'"),
+        (dict(dims=[8], depths=[1], conv_kernel=4), "expected an odd number"),
+        (dict(dims=[8], depths=[1], d_state=0), "d_state is 0"),
+        (dict(dims=[8, 16], depths=[1, 1], downsample="none"), "expected equal channels"),
+        (dict(dims=[8], depths=[1], ssm_act="mish"), "activation is 'mish'"),
+        (dict(dims=[8], depths=[1], drop_path_rate=1.0), "drop path rate is 1.0"),
+    ],
+    ids=str,
+)
+def test_impossible_archs(arch, message):
+    with pytest.raises(ConfigError, match=message):
+        VMamba(arch, out_indices=(0,))
+
+
+def test_equal_stages_without_downsampling():
+    model = VMamba(dict(dims=[8, 8], depths=[1, 1], downsample="none"), out_indices=(0, 1))
+    a, b = model(torch.randn(1, 3, 16, 16))
+    assert a.shape == b.shape
+
+
+def test_arch_object_is_accepted():
+    arch = VMambaArch(dims=(8,), depths=(1,))
+    assert VMamba(arch, out_indices=(0,)).arch is arch
