@@ -138,13 +138,12 @@ Gradients backward(const Tensor& grad_out_, Inputs<T> in, const Tensor& carries_
   a.ddt_bias = in.dt_bias ? mutable_data<T>(ddt_bias) : nullptr;
   a.dD = in.D ? mutable_data<T>(dD) : nullptr;
   run_tasks<T>(kernels<T>().scan2d_backward, a, in.tasks, a.rank);
-  const Tensor none = in.empty({0});
   return {dx,
           sum_partials<T>(dprojections),
           sum_partials<T>(ddt_weight),
-          in.dt_bias ? sum_partials<T>(ddt_bias) : none,
+          in.dt_bias ? sum_partials<T>(ddt_bias) : in.empty({0}),
           sum_partials<T>(dA),
-          in.D ? sum_partials<T>(dD) : none};
+          in.D ? sum_partials<T>(dD) : in.empty({0})};
 }
 
 Gradients scan2d_backward(const Tensor& grad_out, const Tensor& x, const Tensor& projections, const Tensor& dt_weight,

@@ -106,14 +106,13 @@ Gradients backward(const Tensor& grad_out_, const std::optional<Tensor>& grad_la
   a.dB = mutable_data<T>(dB);
   a.dC = mutable_data<T>(dC);
   run_tasks<T>(kernels<T>().selective_scan_backward, a, in.tasks, 0);
-  const Tensor none = in.empty({0});
   return {du,
           ddelta,
           sum_partials<T>(dA),
           sum_partials<T>(dB),
           sum_partials<T>(dC),
-          in.D ? sum_partials<T>(dD) : none,
-          in.delta_bias ? sum_partials<T>(dbias) : none};
+          in.D ? sum_partials<T>(dD) : in.empty({0}),
+          in.delta_bias ? sum_partials<T>(dbias) : in.empty({0})};
 }
 
 Gradients selective_scan_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_last_state,

@@ -47,7 +47,11 @@ def selective_scan_reference(
     for decay, injection, C_now in zip(scan.decay.unbind(0), scan.injection.unbind(0), scan.C.unbind(0), strict=True):
         state = decay * state + injection
         outputs.append((state * C_now).sum(-1))
-    y = torch.stack(outputs, -1) if outputs else u.to(scan.u.dtype) * 1.0
+    if not outputs:
+        # Empty, but connected to every input, so that the gradients are zeros and not missing.
+        nothing = _zero_connected_to(u, delta, A, B, C, D, delta_bias).to(scan.u.dtype)
+        return u.to(scan.u.dtype) + nothing, state + nothing
+    y = torch.stack(outputs, -1)
     if D is not None:
         y = y + D[:, None] * u
     return y, state
@@ -141,6 +145,11 @@ def _prepare(
     u_t = u.to(accumulate).permute(2, 0, 1).unsqueeze(-1)
     B_t, C_t = _per_channel(B.to(accumulate), d), _per_channel(C.to(accumulate), d)
     return _Scan(u_t, raw_delta, step, B_t, C_t, torch.exp(step * A), step * u_t * B_t)
+
+
+def _zero_connected_to(*tensors: Tensor | None) -> Tensor:
+    """Return a scalar 0 whose gradient reaches every tensor as zeros; their values, NaN or not, do not matter."""
+    return sum((value.reshape(-1)[:0].sum() for value in tensors if value is not None), start=torch.zeros(()))
 
 
 def _per_channel(projection: Tensor, d: int) -> Tensor:

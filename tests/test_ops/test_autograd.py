@@ -1,0 +1,190 @@
+"""Gradients by finite differences, dispatcher registration, compile and export, determinism."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mmvmamba.ops import CROSS_SCAN, ScanOrder, scan2d, selective_scan
+from mmvmamba.testing import requires_extension
+from tests.test_ops.samples import scan2d_sample, selective_scan_sample
+from tests.test_ops.test_exact import BACKENDS, scan2d_arguments
+
+OPTIONS = list(itertools.product((False, True), (False, True), (False, True), (False, True)))
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("skip", "bias", "softplus", "gate"), OPTIONS)
+def test_gradcheck_selective_scan(backend: str, skip: bool, bias: bool, softplus: bool, gate: bool) -> None:
+    b, d, length, groups, n = 2, 4, 5, 2, 2
+    tensors = {
+        "u": double(b, d, length),
+        "delta": double(b, d, length),
+        "A": (-torch.rand(d, n, dtype=torch.float64)).requires_grad_(),
+        "B": double(b, groups, n, length),
+        "C": double(b, groups, n, length),
+        "D": double(d) if skip else None,
+        "delta_bias": double(d) if bias else None,
+        "z": double(b, d, length) if gate else None,
+    }
+    names = [name for name, value in tensors.items() if value is not None]
+
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(names, values, strict=True))
+        return selective_scan(**given, delta_softplus=softplus, backend=backend)
+
+    assert torch.autograd.gradcheck(call, [tensors[name] for name in names], nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("skip", "bias", "softplus", "permuted"), OPTIONS)
+def test_gradcheck_scan2d(backend: str, skip: bool, bias: bool, softplus: bool, permuted: bool) -> None:
+    b, h, w, d, r, n = 1, 2, 3, 3, 2, 2
+    orders = torch.tensor([[5, 0, 3], [1, 1, 2]]) if permuted else CROSS_SCAN
+    k = len(orders)
+    x, projections, dt_weight = double(b, h, w, d), double(b, h, w, k, r + 2 * n), double(k, d, r)
+    A = (-torch.rand(k, d, n, dtype=torch.float64)).requires_grad_()
+    optional = {"dt_bias": double(k, d) if bias else None, "D": double(k, d) if skip else None}
+    names = [name for name, value in optional.items() if value is not None]
+
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        given = dict.fromkeys(optional) | dict(zip(names, values[4:], strict=True))
+        return scan2d(*values[:3], given["dt_bias"], values[3], given["D"], orders=orders, delta_softplus=softplus,
+                      backend=backend)  # fmt: skip
+
+    leaves = [x, projections, dt_weight, A, *(optional[name] for name in names)]
+    assert torch.autograd.gradcheck(call, leaves, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_any_one_tensor_may_need_a_gradient(wanted: int) -> None:
+    args = list(scan2d_arguments(3, 4))
+    args[wanted].requires_grad_()
+    torch.autograd.backward(scan2d(*args).sum())
+    assert [value.grad is not None for value in args] == [i == wanted for i in range(6)]
+
+
+def test_second_derivative_of_the_reference() -> None:
+    args = [value.double().requires_grad_() for value in scan2d_arguments(1, 2, b=1, d=2, r=1, n=1)]
+    assert torch.autograd.gradgradcheck(lambda *values: scan2d(*values, backend="reference"), args)
+
+
+@requires_extension()
+@pytest.mark.ext
+def test_second_derivative_of_the_compiled_backend_raises() -> None:
+    args = [value.requires_grad_() for value in scan2d_arguments(2, 2)]
+    (grad,) = torch.autograd.grad(scan2d(*args, backend="compiled").square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        grad.sum().backward()
+
+
+def test_no_states_are_saved_where_no_gradient_is_needed() -> None:
+    args = [value.requires_grad_() for value in scan2d_arguments(3, 4)]
+    with torch.inference_mode():
+        assert not scan2d(*args).requires_grad
+    _, carries = torch.ops.mmvmamba.scan2d(*args[:4], args[4], args[5], [0, 1, 2, 3], None, True, torch.float32, True)
+    assert carries.numel() > 0
+    with pytest.raises(RuntimeError, match="save_carries=False"):
+        torch.ops.mmvmamba.scan2d(*args[:4], args[4], args[5], [0, 1, 2, 3], None, True, torch.float32, False)
+
+
+def opcheck_samples() -> list:
+    """Arguments of the raw operators: with and without optional tensors, one position, no batch, strided."""
+    cases = []
+    for seed in range(6):
+        sample = selective_scan_sample(seed)
+        tensors = [sample.tensors[name] for name in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
+        tensors[3:5] = [value if value.dim() == 4 else value.unsqueeze(1) for value in tensors[3:5]]
+        cases.append(("selective_scan", tensors, [sample.options["delta_softplus"], sample.dtype]))
+    for b, d, length in ((1, 3, 1), (0, 4, 5), (2, 17, 33)):
+        u = torch.randn(b, d, length)
+        B = torch.randn(b, 1, 2, length)
+        tensors = [u, torch.rand(b, d, length), -torch.rand(d, 2), B, torch.randn_like(B), None, None]
+        cases.append(("selective_scan", tensors, [False, torch.float32]))
+    for seed in range(6):
+        sample = scan2d_sample(seed)
+        orders = sample.options["orders"]
+        routes = [[], orders] if isinstance(orders, torch.Tensor) else [[int(order) for order in orders], None]
+        out_dtype = sample.options["out_dtype"] or sample.dtype
+        cases.append(("scan2d", list(sample.tensors.values()), [*routes, sample.options["delta_softplus"], out_dtype]))
+    return cases
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("index", range(15))
+def test_opcheck_forward(index: int, needs_grad: bool) -> None:
+    name, tensors, options = opcheck_samples()[index]
+    tensors = [None if value is None else value.detach().requires_grad_(needs_grad) for value in tensors]
+    torch.library.opcheck(getattr(torch.ops.mmvmamba, name).default, (*tensors, *options, needs_grad))
+
+
+@pytest.mark.parametrize("index", range(15))
+def test_opcheck_backward(index: int) -> None:
+    name, tensors, options = opcheck_samples()[index]
+    outputs = getattr(torch.ops.mmvmamba, name)(*tensors, *options, True)
+    grad_out, carries = torch.randn_like(outputs[0]), outputs[-1]
+    *routes_and_softplus, _ = options
+    backward = getattr(torch.ops.mmvmamba, f"{name}_backward").default
+    states = [torch.randn_like(outputs[1])] if name == "selective_scan" else []
+    torch.library.opcheck(backward, (grad_out, *states, *tensors, *routes_and_softplus, carries))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_agrees_with_eager(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(scan2d, fullgraph=True, dynamic=dynamic)
+    for h, w in ((4, 5), (7, 3)):
+        args = [value.requires_grad_() for value in scan2d_arguments(h, w)]
+        eager, traced = scan2d(*args), compiled(*args)
+        torch.testing.assert_close(traced, eager, rtol=0, atol=0)
+        expected = torch.autograd.grad(eager.square().sum(), args)
+        for grad, want in zip(torch.autograd.grad(traced.square().sum(), args), expected, strict=True):
+            torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5)
+
+
+class Scan(torch.nn.Module):
+    """A module around scan2d, for export."""
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return scan2d(*args, orders=(ScanOrder.ROW, ScanOrder.COLUMN, ScanOrder.ROW, ScanOrder.COLUMN_REVERSED))
+
+
+def test_export_keeps_the_operator_as_one_node() -> None:
+    args = scan2d_arguments(4, 5)
+    program = torch.export.export(Scan(), args)
+    nodes = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert nodes.count(torch.ops.mmvmamba.scan2d.default) == 1
+    torch.testing.assert_close(program.module()(*args), Scan()(*args), rtol=0, atol=0)
+
+
+@requires_extension()
+@pytest.mark.ext
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        for make in (selective_scan_sample, scan2d_sample):
+            for seed in range(10):
+                results = []
+                for threads in (1, 2, 3, 4):
+                    torch.set_num_threads(threads)
+                    out, grads = make(seed).gradients("compiled")
+                    results.append([out, *grads.values()])
+                for other in results[1:]:
+                    assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_low_precision_inputs_keep_a_float32_output_on_request() -> None:
+    args = list(scan2d_arguments(6, 6))
+    args[0], args[1], args[2] = (value.bfloat16() for value in args[:3])
+    assert scan2d(*args).dtype == torch.bfloat16
+    kept = scan2d(*args, out_dtype=torch.float32)
+    exact = scan2d(*(value.double() for value in args), backend="reference")
+    torch.testing.assert_close(kept.double(), exact, rtol=1e-5, atol=1e-5)

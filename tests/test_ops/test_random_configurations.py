@@ -1,0 +1,79 @@
+"""Random configurations against the reference in float64 (reliability matrix A1), outputs and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mmvmamba.testing import FORWARD_BOUND, PARAMETER_GRAD_BOUND, STREAM_GRAD_BOUND, assert_close, requires_extension
+from tests.test_ops.samples import Sample, scan2d_sample, selective_scan_sample
+
+COUNT = 200
+MAKERS = {"selective_scan": selective_scan_sample, "scan2d": scan2d_sample}
+
+
+def check(sample: Sample, backend: str) -> None:
+    expected_out, expected_grads = sample.gradients("reference", double=True)
+    out, grads = sample.gradients(backend)
+    assert out.dtype == (sample.options.get("out_dtype") or sample.dtype)
+    assert_close("out", out, expected_out, FORWARD_BOUND[sample.dtype])
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == sample.tensors[name].dtype
+        bounds = STREAM_GRAD_BOUND if name in sample.streams else PARAMETER_GRAD_BOUND
+        assert_close(f"gradient of {name}", grad, expected_grads[name], bounds[sample.dtype])
+
+
+@requires_extension()
+@pytest.mark.ext
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("seed", range(COUNT))
+def test_compiled(make: Callable[[int], Sample], seed: int) -> None:
+    check(make(seed), "compiled")
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("seed", range(20))
+def test_reference_in_the_dtype_of_its_inputs(make: Callable[[int], Sample], seed: int) -> None:
+    check(make(seed), "reference")
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("seed", range(20))
+def test_hand_written_gradients_of_the_plain_kernels(make: Callable[[int], Sample], seed: int) -> None:
+    """The kernels used by the dispatcher where nothing is compiled, against autograd through the reference."""
+    sample = make(seed)
+    leaves = {
+        name: None if value is None else value.detach().double().requires_grad_()
+        for name, value in sample.tensors.items()
+        if name != "z"
+    }
+    options = {name: value for name, value in sample.options.items() if name != "out_dtype"}
+    out = sample.op(**leaves, **options, backend="reference")
+    weights = torch.randn(out.shape, dtype=out.dtype)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    expected = torch.autograd.grad(out, list(wanted.values()), weights)
+    grads = _plain_backward(sample, leaves, weights)
+    for (name, want), grad in zip(zip(wanted, expected, strict=True), grads, strict=True):
+        assert_close(f"gradient of {name}", grad.reshape(want.shape), want, 1e-11)
+
+
+def _plain_backward(sample: Sample, leaves: dict, weights: torch.Tensor) -> list[torch.Tensor]:
+    from mmvmamba.ops.scan2d import compiled as scan2d_compiled
+    from mmvmamba.ops.selective_scan import compiled as selective_scan_compiled
+
+    inputs = [None if value is None else value.detach() for value in leaves.values()]
+    softplus = sample.options["delta_softplus"]
+    nothing = weights.new_empty(0)
+    if sample.op.__name__ == "selective_scan":
+        for at in (3, 4):
+            inputs[at] = inputs[at] if inputs[at].dim() == 4 else inputs[at].unsqueeze(1)
+        grads = selective_scan_compiled._fallback_backward(weights, None, *inputs, softplus, nothing)
+    else:
+        orders = sample.options["orders"]
+        named = not isinstance(orders, torch.Tensor)
+        routes = ([int(order) for order in orders], None) if named else ([], orders)
+        grads = scan2d_compiled._fallback_backward(weights, *inputs, *routes, softplus, nothing)
+    return [grad for grad, value in zip(grads, inputs, strict=True) if value is not None]
