@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Build the wheel, check what it needs from PyTorch, install it in a fresh environment that has another PyTorch release
+# and no mmengine, and run the operator tests there: one binary for every torch >= 2.10 is a promise to be kept.
+#
+#   scripts/check_wheel.sh [torch requirement] [python]
+#   scripts/check_wheel.sh torch==2.13.0 python3.12
+#
+# The wheel is built with BUILD_PYTHON (default: .venv/bin/python, as made by `make install`).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+torch_requirement=${1:-torch==2.13.0}
+build_python=${BUILD_PYTHON:-.venv/bin/python}
+test_python=${2:-$build_python}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+echo "[wheel 1/4] building with $build_python"
+MMVMAMBA_BUILD=1 PATH="$(dirname "$build_python"):$PATH" \
+  "$build_python" -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir "$work"
+wheel=$(ls "$work"/*.whl)
+basename "$wheel"
+
+echo "[wheel 2/4] checking the symbols"
+case "$wheel" in
+  *-cp310-abi3-*) ;;
+  *) echo "check_wheel: the wheel is not tagged cp310-abi3" >&2; exit 1 ;;
+esac
+"$build_python" -m zipfile --extract "$wheel" "$work/unpacked"
+for file in _C.abi3.so _C.json; do
+  [ -f "$work/unpacked/mmvmamba/$file" ] || { echo "check_wheel: the wheel has no mmvmamba/$file" >&2; exit 1; }
+done
+# Mangled names in the namespaces at, c10 and torch belong to PyTorch's C++ interface, which changes with each release.
+if nm -D --undefined-only "$work/unpacked/mmvmamba/_C.abi3.so" | grep -E '_ZN?K?(2at|3c10|5torch)'; then
+  echo "check_wheel: the extension needs the unstable C++ symbols of PyTorch above" >&2
+  exit 1
+fi
+nm -D --undefined-only "$work/unpacked/mmvmamba/_C.abi3.so" | grep -oE '\b(aoti_)?torch_\w+' | sort -u
+
+echo "[wheel 3/4] installing it with $torch_requirement and nothing of the mm* packages"
+"$test_python" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet "$torch_requirement" numpy pytest "$wheel"
+"$work/venv/bin/python" -m pip check
+
+echo "[wheel 4/4] running the operator tests"
+# Copied away, so that the installed package is tested and not this folder.
+mkdir -p "$work/elsewhere/tests"
+cp pyproject.toml "$work/elsewhere/"
+cp tests/conftest.py "$work/elsewhere/tests/"
+cp -r tests/test_ops "$work/elsewhere/tests/"
+cd "$work/elsewhere"
+"$work/venv/bin/python" -c '
+import sys, torch, mmvmamba
+from mmvmamba.ops import available_backends
+print("python", sys.version.split()[0], "torch", torch.__version__, mmvmamba.__file__)
+print(available_backends())
+assert "mmengine" not in sys.modules
+assert available_backends()["compiled"].available'
+"$work/venv/bin/python" -m pytest -q -m "not gpu" tests/test_ops
