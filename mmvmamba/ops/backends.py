@@ -122,6 +122,7 @@ def _warn_once(problem: str) -> None:
     _warned = True
     warnings.warn(
         "mmvmamba falls back to its plain PyTorch scan ('reference' backend), which walks over the positions in "
-        f"Python and is slower by orders of magnitude. Reason and cure: {problem}",
+        "Python: on a CPU the operator is 4 to 40 times slower than compiled (python -m benchmarks.ops, VMamba-T at "
+        f"224x224). Reason and cure: {problem}",
         stacklevel=4,
     )

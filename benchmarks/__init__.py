@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.<what>``; raw results are JSON files in ``benchmarks/results``."""

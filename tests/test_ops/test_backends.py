@@ -1,0 +1,193 @@
+"""The backend ladder, the loader of the extension, and what works without either a build or OpenMMLab."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmvmamba
+from mmvmamba.errors import ConfigError
+from mmvmamba.ops import available_backends, backends, extension, scan2d, use_backend
+from mmvmamba.testing import requires_extension
+from tests.test_ops.test_exact import scan2d_arguments
+
+PACKAGE = Path(mmvmamba.__file__).parent
+# What must not be imported when only operators are asked for.
+FORBIDDEN = ("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "triton", "torchvision")
+
+RUN_OPERATORS = """
+import warnings, torch
+from mmvmamba.ops import available_backends, scan2d, selective_scan
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    args = [torch.randn(1, 3, 4, 8), torch.randn(1, 3, 4, 4, 4), torch.randn(4, 8, 2), torch.randn(4, 8),
+            -torch.rand(4, 8, 1), torch.randn(4, 8)]
+    args = [a.requires_grad_() for a in args]
+    scan2d(*args).sum().backward()
+    u = torch.randn(1, 4, 5, requires_grad=True)
+    selective_scan(u, torch.rand(1, 4, 5), -torch.rand(4, 2), torch.randn(1, 2, 5), torch.randn(1, 2, 5)).sum().backward()
+assert all(a.grad is not None for a in args) and u.grad is not None
+ours = [w for w in caught if "mmvmamba" in str(w.message)]
+print(len(ours), available_backends()["compiled"].available, *(str(w.message) for w in ours), sep="|")
+"""
+
+FORBID = """
+import sys
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {forbidden!r}:
+            raise ImportError(f"{{name}} must not be imported")
+sys.meta_path.insert(0, Forbid())
+"""
+
+
+def run(code: str, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that finds ``mmvmamba`` under ``root``."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("MMVMAMBA_")}
+    variables |= {"PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"} | environment
+    return subprocess.run([sys.executable, "-c", code], env=variables, cwd=root, capture_output=True, text=True)
+
+
+@pytest.fixture
+def unbuilt(tmp_path: Path) -> Path:
+    """A copy of the package without the compiled extension."""
+    shutil.copytree(PACKAGE, tmp_path / "mmvmamba", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return tmp_path
+
+
+def test_operators_run_with_torch_alone_and_warn_once(unbuilt: Path) -> None:
+    done = run(FORBID.format(forbidden=FORBIDDEN) + RUN_OPERATORS, unbuilt)
+    assert done.returncode == 0, done.stderr
+    count, compiled, message = done.stdout.strip().split("|")
+    assert (count, compiled) == ("1", "False")
+    for part in ("reference", "slower", "was not built", "pip install --no-build-isolation"):
+        assert part in message
+
+
+def test_operators_compile_without_a_build(unbuilt: Path) -> None:
+    """A trace records one operator node with the plain PyTorch kernel, not an unrolled loop."""
+    code = """
+import torch
+from mmvmamba.ops import scan2d
+args = [torch.randn(1, 3, 4, 8), torch.randn(1, 3, 4, 4, 4), torch.randn(4, 8, 2), torch.randn(4, 8),
+        -torch.rand(4, 8, 1), torch.randn(4, 8)]
+args = [a.requires_grad_() for a in args]
+out = torch.compile(scan2d, fullgraph=True, backend="aot_eager")(*args)
+eager = scan2d(*args)
+assert torch.allclose(out, eager, atol=1e-5)
+for a, b in zip(torch.autograd.grad(out.sum(), args), torch.autograd.grad(eager.sum(), args)):
+    assert torch.allclose(a, b, atol=1e-4), (a - b).abs().max()
+program = torch.export.export(type("M", (torch.nn.Module,), {"forward": lambda self, *a: scan2d(*a)})(), tuple(args))
+print(sum(node.target is torch.ops.mmvmamba.scan2d.default for node in program.graph.nodes))
+"""
+    done = run(code, unbuilt)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1"
+
+
+@requires_extension()
+@pytest.mark.ext
+def test_no_warning_with_the_extension() -> None:
+    done = run(FORBID.format(forbidden=FORBIDDEN) + RUN_OPERATORS, PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0|True"
+
+
+@requires_extension()
+@pytest.mark.ext
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_numbers(capability: str, tmp_path: Path) -> None:
+    inputs, outputs = tmp_path / "in.pt", tmp_path / "out.pt"
+    args = scan2d_arguments(9, 11, d=100, n=3)
+    torch.save(args, inputs)
+    code = f"""
+import torch
+from mmvmamba.ops import scan2d
+args = [a.requires_grad_() for a in torch.load({str(inputs)!r})]
+out = scan2d(*args, backend="compiled")
+torch.save((out.detach(), torch.autograd.grad(out.square().sum(), args)), {str(outputs)!r})
+print(torch.ops.mmvmamba.cpu_capability())
+"""
+    done = run(code, PACKAGE.parent, ATEN_CPU_CAPABILITY=capability)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("default", "avx2", "avx512")
+    if capability == "default":
+        assert done.stdout.strip() == "default"
+    out, grads = torch.load(outputs)
+    exact = [value.double().requires_grad_() for value in args]
+    expected = scan2d(*exact, backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+    for grad, want in zip(grads, torch.autograd.grad(expected.square().sum(), exact), strict=True):
+        assert (grad.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@requires_extension()
+@pytest.mark.ext
+def test_stamp_is_compared_before_the_library_is_opened(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "mmvmamba", ignore=shutil.ignore_patterns("__pycache__"))
+    stamp_file = tmp_path / "mmvmamba" / extension.STAMP_NAME
+    library = next((tmp_path / "mmvmamba").glob("_C.*so"))
+    library.write_bytes(b"opening this would fail")
+    code = "from mmvmamba.ops import available_backends as a; print(a()['compiled'].reason)"
+    for field, value, reason in (
+        ("version", "0.0.1", "was built for mmvmamba 0.0.1"),
+        ("torch_min", "99.0", "needs torch >= 99.0"),
+        ("machine", "pdp11", "was built for pdp11"),
+    ):
+        fields = json.loads((PACKAGE / extension.STAMP_NAME).read_text()) | {field: value}
+        stamp_file.write_text(json.dumps(fields))
+        done = run(code, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert reason in done.stdout
+        assert "pip install --no-build-isolation" in done.stdout
+    stamp_file.write_text("{}")
+    assert "stamp of the extension cannot be read" in run(code, tmp_path).stdout
+    stamp_file.unlink()
+    assert "has no stamp" in run(code, tmp_path).stdout
+    shutil.copy(PACKAGE / extension.STAMP_NAME, stamp_file)
+    assert "cannot be opened" in run(code, tmp_path).stdout
+
+
+def test_stamp_of_an_older_torch_fits_a_newer_one() -> None:
+    stamp = extension.Stamp(mmvmamba.__version__, "2.10", "2.11.0", __import__("platform").machine(), None, ())
+    assert extension.stamp_problem(stamp) is None
+    assert "2.99" in str(extension.stamp_problem(dataclasses.replace(stamp, torch_min="2.99")))
+
+
+def test_available_backends_gives_reasons() -> None:
+    report = available_backends("cuda")
+    assert list(report) == list(backends.BACKENDS)
+    assert not report["compiled"].available
+    assert report["compiled"].reason
+    assert report["reference"].available
+
+
+def test_use_backend_is_restored_and_checks_its_argument() -> None:
+    args = scan2d_arguments(2, 3)
+    with use_backend("reference"):
+        assert backends.choose_backend(None, "cpu") == "reference"
+        inside = scan2d(*args)
+        with use_backend(None):
+            assert backends.choose_backend(None, "cpu") == backends.choose_backend(None, "cpu")
+    assert torch.equal(inside, scan2d(*args, backend="reference"))
+    with pytest.raises(ConfigError, match="unknown backend 'refrence'.*'reference'"), use_backend("refrence"):
+        pass
+
+
+@pytest.mark.parametrize(("value", "outcome"), [("reference", "reference"), ("auto", ""), ("cudda", "unknown backend")])
+def test_environment_variable(value: str, outcome: str) -> None:
+    code = (
+        "import torch\nfrom mmvmamba.ops import backends\n"
+        "try:\n    print(backends.choose_backend(None, 'cpu'))\nexcept Exception as error:\n    print(error)"
+    )
+    done = run(code, PACKAGE.parent, MMVMAMBA_BACKEND=value)
+    assert done.returncode == 0, done.stderr
+    assert outcome in done.stdout
