@@ -1,0 +1,225 @@
+"""The set-up script: what it asks of a machine, what it says, when it has nothing to do."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.test_install.test_setup_options import write_command
+
+
+def fake_python(folder: Path, name: str, version: tuple[int, ...], missing: tuple[str, ...] = (), header: bool = True):
+    """A command that answers the probe with these facts."""
+    facts = json.dumps({"version": list(version), "missing": list(missing), "header": header})
+    return write_command(folder, name, f"echo '{facts}'\n")
+
+
+def test_it_can_be_read_by_an_old_python(root):
+    ast.parse((root / "scripts" / "bootstrap.py").read_text(), feature_version=(3, 7))
+
+
+def test_the_first_suitable_python_is_taken(bootstrap, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    fake_python(tmp_path, "python3.12", (3, 12, 1))
+    write_command(tmp_path, "python3.11", "echo 'pyenv: python3.11: command not found' >&2; exit 127\n")
+    assert bootstrap.find_python(None) == (str(tmp_path / "python3.12"), (3, 12, 1))
+    fake_python(tmp_path, "python3.11", (3, 11, 7))
+    assert bootstrap.find_python(None) == (str(tmp_path / "python3.11"), (3, 11, 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "message"),
+    [
+        ("python3", {"version": (3, 9, 2)}, r"Python 3\.9\.2\) is older than Python 3\.10: apt-get install python3"),
+        ("python3.11", {"version": (3, 11, 2), "missing": ("ensurepip",)}, r"no ensurepip.*python3\.11-venv"),
+        ("python3.11", {"version": (3, 11, 2), "header": False}, r"no Python\.h.*apt-get install python3\.11-dev"),
+    ],
+    ids=["too-old", "no-venv", "no-headers"],
+)
+def test_an_unsuitable_python_is_told_what_it_lacks(bootstrap, tmp_path, monkeypatch, name, facts, message):
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+    monkeypatch.setattr(bootstrap, "CANDIDATES", (name,))
+    fake_python(tmp_path, name, **facts)
+    with pytest.raises(bootstrap.SetupError, match=message):
+        bootstrap.find_python(None)
+
+
+def test_the_most_promising_python_is_reported(bootstrap, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fake_python(tmp_path, "python3", (3, 9, 2))
+    fake_python(tmp_path, "python3.10", (3, 10, 4), missing=("venv", "ensurepip"))
+    with pytest.raises(bootstrap.SetupError, match=r"no venv and no ensurepip: apt-get install python3\.10-venv"):
+        bootstrap.find_python(None)
+
+
+def test_a_chosen_python_is_not_replaced_by_another(bootstrap, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fake_python(tmp_path, "python3.11", (3, 11, 7))
+    with pytest.raises(bootstrap.SetupError, match="MMVMAMBA_PYTHON='python3.12' cannot be started"):
+        bootstrap.find_python("python3.12")
+
+
+def test_no_python_at_all(bootstrap, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(bootstrap.SetupError, match=r"no Python was found on PATH: apt-get install python3"):
+        bootstrap.find_python(None)
+
+
+def test_a_missing_compiler_is_named(bootstrap, tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(bootstrap.SetupError, match=r"no C\+\+ compiler \(g\+\+\): apt-get install g\+\+"):
+        bootstrap.check_compiler(path=str(tmp_path))
+    monkeypatch.setenv("CXX", "clang++-19 -pthread")
+    with pytest.raises(bootstrap.SetupError, match=r"\(clang\+\+-19\)"):
+        bootstrap.check_compiler(path=str(tmp_path))
+
+
+def test_a_full_disk_is_told_before_anything_starts(bootstrap, tmp_path, monkeypatch):
+    monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda path: SimpleNamespace(free=3.2e9))
+    with pytest.raises(bootstrap.SetupError, match=r"3\.2 GB are free under .*about 12 GB are needed: make room"):
+        bootstrap.check_disk(bootstrap.ROOT, bootstrap.NEED_GB)
+    with pytest.raises(bootstrap.SetupError, match="or set TMPDIR"):
+        bootstrap.check_disk(tmp_path, bootstrap.NEED_TEMP_GB)
+    bootstrap.check_disk(tmp_path, 3.0)
+
+
+def test_jobs_follow_the_variable(bootstrap):
+    assert bootstrap.compile_jobs({"MAX_JOBS": "7"}) == 7
+    assert bootstrap.compile_jobs({}) >= 1
+    with pytest.raises(bootstrap.SetupError, match="MAX_JOBS='all'"):
+        bootstrap.compile_jobs({"MAX_JOBS": "all"})
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("ERROR: Could not install: [Errno 28] No space left on device", "the disk is full"),
+        ("WARNING: Retrying (Retry(total=4)) after ... No matching distribution found for torch==2.11.0", "network"),
+        ("ERROR: No matching distribution found for torch==2.11.0", "has no torch==2.11.0 for this Python"),
+        ("g++: fatal error: Killed signal terminated program cc1plus", "MAX_JOBS=1"),
+        ("error: expected ';'", "the command failed"),
+    ],
+)
+def test_a_failure_is_explained(bootstrap, log, message):
+    assert message in bootstrap.explain_failure(log)
+
+
+def test_output_goes_to_the_log_and_a_failure_to_the_screen(bootstrap, tmp_path, capfd):
+    log = tmp_path / "log"
+    bootstrap.run_logged(2, [sys.executable, "-c", "import os; print(os.environ['X'])"], log, {"X": "quiet"})
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(bootstrap.SetupError, match=r"step 5 of 6: the disk is full"):
+        bootstrap.run_logged(5, [sys.executable, "-c", "raise SystemExit('No space left on device')"], log, {})
+    assert "No space left on device" in capfd.readouterr().err
+    assert "quiet" in log.read_text()
+
+
+@pytest.fixture
+def checkout(bootstrap, tmp_path, monkeypatch):
+    """A small checkout with a finished set-up."""
+    files = {
+        "requirements/lock.txt": "torch==2.11.0\n",
+        "setup.py": "",
+        "pyproject.toml": "",
+        "mmvmamba/version.py": "",
+        "csrc/a.cpp": "1",
+        "mmvmamba/_C.json": "{}",
+        "mmvmamba/_C.abi3.so": "",
+        ".venv/bin/python": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    bootstrap.note_state(tmp_path / ".venv", bootstrap.wanted_state())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        (None, set()),
+        ("csrc/a.cpp", {"extension"}),
+        ("csrc/new.h", {"extension"}),
+        ("setup.py", {"extension"}),
+        ("requirements/lock.txt", {"environment"}),
+        ("README.md", set()),
+    ],
+)
+def test_only_what_changed_is_done_again(bootstrap, checkout, monkeypatch, change, stale):
+    if change is not None:
+        (checkout / change).write_text("changed")
+    done, wanted = bootstrap.read_state(checkout / ".venv"), bootstrap.wanted_state()
+    assert {key for key in wanted if done.get(key) != wanted[key]} == stale
+    calls = []
+    monkeypatch.setattr(bootstrap, "find_python", lambda chosen: None)
+    monkeypatch.setattr(bootstrap, "check_disk", lambda place, need: None)
+    monkeypatch.setattr(bootstrap, "install_environment", lambda *args: calls.append("environment"))
+    monkeypatch.setattr(bootstrap, "install_package", lambda *args: calls.append("extension"))
+    bootstrap.set_up(checkout / ".venv")
+    assert calls == (["environment", "extension"] if "environment" in stale else sorted(stale))
+    calls.clear()
+    bootstrap.set_up(checkout / ".venv")
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("remove", "left"),
+    [
+        ("mmvmamba/_C.abi3.so", {"environment"}),
+        ("mmvmamba/_C.json", {"environment"}),
+        (".venv/bin/python", set()),
+        (".venv/mmvmamba-setup.json", set()),
+    ],
+)
+def test_a_note_does_not_count_where_its_thing_is_gone(bootstrap, checkout, remove, left):
+    (checkout / remove).unlink()
+    assert set(bootstrap.read_state(checkout / ".venv")) == left
+
+
+def test_a_broken_note_is_no_note(bootstrap, checkout):
+    (checkout / ".venv" / "mmvmamba-setup.json").write_text('{"environment": ')
+    assert bootstrap.read_state(checkout / ".venv") == {}
+
+
+def test_the_command_ends_with_one_line_and_exit_code_1(root, tmp_path):
+    """A whole run where no suitable Python exists; the checkout is a copy, so nothing here is touched."""
+    for name in ("scripts/bootstrap.py", "requirements/lock.txt", "setup.py", "pyproject.toml", "mmvmamba/version.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    commands = tmp_path / "commands"
+    fake_python(commands, "python3", (3, 9, 2))
+    write_command(commands, "g++", "exit 0\n")
+    answer = subprocess.run(
+        [sys.executable, str(tmp_path / "scripts" / "bootstrap.py")],
+        env={"PATH": f"{commands}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 1
+    assert re.fullmatch(r"mmvmamba setup: .*is older than Python 3\.10: apt-get install .*\n", answer.stderr)
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_every_line_of_the_lock_is_exact(root):
+    pattern = re.compile(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.!+-]+( ; .+)?")
+    lines = [line for line in (root / "requirements" / "lock.txt").read_text().splitlines() if line[:1] != "#"]
+    assert not [line for line in lines if not pattern.fullmatch(line)]
+    pinned = {line.split("==")[0].lower() for line in lines}
+    assert {"torch", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "onedl-mmpretrain", "pip"} <= pinned
+
+
+def test_extras_and_lock_agree(root):
+    lock = (root / "requirements" / "lock.txt").read_text()
+    metadata = (root / "pyproject.toml").read_text()
+    exact = re.findall(r'"([A-Za-z0-9-]+==[0-9.]+)"', metadata)
+    assert len(exact) >= 8  # five packages of the stack, three linters
+    assert not [line for line in exact if f"{line}\n" not in lock]
