@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from mmengine.config import Config
 
 from mmvmamba.errors import DataError
 
@@ -33,23 +34,19 @@ PALETTE = np.array(
 _ZOOM = 2  # scenes of 128 to 192 pixels are too small to look at otherwise
 
 
-def collect_predictions(config: Path, checkpoint: Path, count: int, options: dict[str, Any]) -> list[Any]:
+def collect_predictions(cfg: Config, checkpoint: Path, count: int) -> list[Any]:
     """Run the checkpoint on ``count`` test samples spread over the data set and return their data samples.
 
     Args:
-        config: An mmdet, mmseg or mmpretrain config.
+        cfg: A config of mmdet, mmseg or mmpretrain.
         checkpoint: What the training saved.
         count: How many samples, at most the size of the data set.
-        options: What ``--cfg-options`` was given, as a dict.
     """
     import torch
-    from mmengine.config import Config
     from mmengine.dataset import pseudo_collate
     from mmengine.registry import DATASETS, MODELS, init_default_scope
     from mmengine.runner import load_checkpoint
 
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(options)
     init_default_scope(cfg.default_scope)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     model = MODELS.build(cfg.model)

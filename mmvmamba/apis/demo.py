@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmvmamba.analysis.curves import plot_curves
+from mmvmamba.analysis.gallery import collect_predictions, save_gallery
+from mmvmamba.apis.runner import load_config
 from mmvmamba.datasets import CLASSES, SEG_CLASSES, DigitsSettings, write_digits
 from mmvmamba.errors import DataError, MMVMambaError
 
@@ -167,11 +170,9 @@ def _run_stage(
 
 def _draw(stage: Stage, config: Path, options: dict[str, Any], folder: Path, files: Mapping[str, Path]) -> None:
     """Draw the curves and the picture grid of a stage."""
-    from mmvmamba.analysis.curves import plot_curves
-    from mmvmamba.analysis.gallery import collect_predictions, save_gallery
-
     plot_curves(_newest(folder, "*/vis_data/scalars.json"), files["curves"], _curve_names(stage), stage.title)
-    samples = collect_predictions(config, files["checkpoint"], stage.pictures, options)
+    cfg = load_config(str(config), cfg_options=options)
+    samples = collect_predictions(cfg, files["checkpoint"], stage.pictures)
     save_gallery(stage.name, samples, stage.classes, files["predictions"])
 
 

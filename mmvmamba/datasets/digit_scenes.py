@@ -23,8 +23,10 @@ DIGIT_HEIGHT = (34.0, 88.0)
 CROWD_DIGIT_HEIGHT = (13.0, 20.0)
 MAX_ANGLE = 25.0
 MIN_VISIBLE = 0.65  # no digit may be left with less than this share of its pixels
-MIN_CONTRAST = 90.0  # least distance between a digit's colour and what it is painted on, in 8-bit BGR
+LIGHT, DARK, CLUTTER = 165.0, 105.0, 150.0  # brightness of digits (at least), background and clutter (at most)
+RIM = 0.55  # how much darker it gets right around a digit
 
+_LUMA = np.array([0.114, 0.587, 0.299])
 _CELL = 6  # the 8 x 8 scans are smoothed on a grid this many times finer before they are warped
 _MARGIN = 1  # empty scan pixels added on each side, so that a stroke at the border closes smoothly
 _INK = 0.5  # level of the smoothed scan that counts as the edge of a stroke
@@ -217,28 +219,46 @@ def _cover(scene: Scene, mask: Array) -> None:
 
 
 def _paint(rng: Rng, canvas: Array, alpha: Array) -> None:
-    """Blend a digit into the float canvas (h, w, 3), in a colour well apart from what it hides, with a shading."""
-    under = np.average(canvas.reshape(-1, 3), axis=0, weights=alpha.reshape(-1) + 1e-6)
-    colour = rng.uniform(0, 255, 3)
-    while np.linalg.norm(colour - under) < MIN_CONTRAST:
-        colour = rng.uniform(0, 255, 3)
+    """Blend a digit into the float canvas (h, w, 3): any light hue, a shading across it, and a soft dark rim.
+
+    Digits are light and backgrounds dark, as chalk on a board, because a network has to learn this within minutes;
+    the rim is what tells a digit from another one of nearly its colour behind it.
+    """
+    rim = np.clip(1.6 * cv2.GaussianBlur(alpha, (0, 0), 1.8), 0.0, 1.0) * RIM
+    canvas *= (1.0 - rim)[:, :, None]
     height, width = alpha.shape
-    slope = rng.uniform(-30, 30, 2)
+    slope = rng.uniform(-18, 18, 2)
     ramp = slope[0] * np.linspace(-1, 1, width)[None, :] + slope[1] * np.linspace(-1, 1, height)[:, None]
-    painted = colour[None, None, :] + ramp[:, :, None]
+    painted = _light_colour(rng)[None, None, :] + ramp[:, :, None]
     canvas += alpha[:, :, None] * (painted - canvas)
 
 
+def _light_colour(rng: Rng) -> Array:
+    """A BGR colour of any hue whose brightness (ITU-R 601) is at least ``LIGHT``."""
+    while True:
+        colour = rng.uniform(40, 255, 3)
+        if colour @ _LUMA >= LIGHT:
+            return colour
+
+
+def _dark_colour(rng: Rng, brightest: float) -> Array:
+    """A BGR colour of any hue whose brightness (ITU-R 601) is at most ``brightest``."""
+    while True:
+        colour = rng.uniform(0, 200, 3)
+        if colour @ _LUMA <= brightest:
+            return colour
+
+
 def _background(rng: Rng, height: int, width: int) -> Array:
-    """A float canvas (h, w, 3): patches of two or three colours, a texture, and strokes and shapes as clutter."""
-    colours = rng.uniform(20, 235, (3, 3))
+    """A float canvas (h, w, 3): patches of three colours, a texture, and strokes and shapes as clutter."""
+    colours = np.stack([_dark_colour(rng, DARK) for _ in range(3)])
     knots = rng.integers(0, 3, (int(rng.integers(2, 5)), int(rng.integers(2, 5))))
     canvas = cv2.resize(colours[knots], (width, height), interpolation=cv2.INTER_CUBIC)
     canvas += _texture(rng, height, width)[:, :, None] * rng.uniform(-1, 1, 3)
     for _ in range(int(rng.integers(2, 7))):
         canvas = _clutter(rng, canvas)
     grain = cv2.resize(rng.normal(0, 1, (height // 4, width // 4, 3)), (width, height), interpolation=cv2.INTER_LINEAR)
-    return np.clip(canvas + rng.uniform(2, 12) * grain, 0, 255)
+    return np.clip(canvas + rng.uniform(2, 10) * grain, 0, 255)
 
 
 def _texture(rng: Rng, height: int, width: int) -> Array:
@@ -260,7 +280,7 @@ def _clutter(rng: Rng, canvas: Array) -> Array:
     """Blend one line, ellipse, arc or rotated box of any colour into the canvas, at 25 to 75 per cent."""
     height, width = canvas.shape[:2]
     over = canvas.copy()
-    colour = tuple(float(v) for v in rng.uniform(0, 255, 3))
+    colour = tuple(float(v) for v in _dark_colour(rng, CLUTTER))
     x, y = int(rng.integers(width)), int(rng.integers(height))
     kind = int(rng.integers(4))
     if kind == 0:

@@ -3,7 +3,7 @@
 _base_ = "mmpretrain::_base_/default_runtime.py"
 
 data_root = "data/digits/"
-max_iters = 1500
+max_iters = 2000
 
 model = dict(
     type="ImageClassifier",
@@ -14,7 +14,7 @@ model = dict(
         type="LinearClsHead",
         num_classes=10,
         in_channels=256,
-        loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+        loss=dict(type="CrossEntropyLoss", loss_weight=1.0),
         topk=(1,),
     ),
 )

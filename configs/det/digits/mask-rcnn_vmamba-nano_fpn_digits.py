@@ -20,7 +20,7 @@ model = dict(
         type="mmvmamba.VMamba",
         arch="nano",
         out_indices=(0, 1, 2, 3),
-        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/demo/cls/latest.pth", prefix="backbone."),
+        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/demo/cls/iter_2000.pth", prefix="backbone."),
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=channels, num_outs=4),
     rpn_head=dict(

@@ -18,7 +18,7 @@ model = dict(
         type="mmvmamba.VMamba",
         arch="nano",
         out_indices=(0, 1, 2, 3),
-        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/demo/cls/latest.pth", prefix="backbone."),
+        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/demo/cls/iter_2000.pth", prefix="backbone."),
     ),
     decode_head=dict(
         in_channels=[32, 64, 128, 256], channels=64, num_classes=11, norm_cfg=norm_cfg, pool_scales=(1, 2, 4)

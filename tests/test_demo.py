@@ -1,0 +1,67 @@
+"""The quick demo from end to end: the road `make demo` walks, in a few iterations."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+from mmvmamba.apis.demo import STAGES, DemoError, _run
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = ("accuracy", "bbox_mAP", "segm_mAP", "mIoU")
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, str(ROOT / "tools/demo.py"), "--quick"]
+    command += ["--work-dir", str(folder / "work"), "--data-root", str(folder / "data")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "work", done.stdout
+
+
+def test_summary_has_finite_numbers(quick_run: tuple[Path, str]) -> None:
+    summary = json.loads((quick_run[0] / "summary.json").read_text())
+    for name in METRICS:
+        assert isinstance(summary[name], float) and 0.0 <= summary[name] <= 1.0, name
+    assert math.isfinite(summary["train_seconds"]) and summary["train_seconds"] > 0
+    assert summary["quick"] is True
+
+
+def test_every_stage_left_its_files(quick_run: tuple[Path, str]) -> None:
+    work, _ = quick_run
+    summary = json.loads((work / "summary.json").read_text())
+    assert list(summary["stages"]) == [stage.name for stage in STAGES]
+    for name, stage in summary["stages"].items():
+        assert Path(stage["checkpoint"]).is_file()
+        assert Path(stage["checkpoint"]).parent == work / name
+        assert Path(stage["log"]).is_file() and (work / name / "test.log").is_file()
+        for picture in ("curves", "predictions"):
+            image = cv2.imread(stage[picture])
+            assert image is not None and image.std() > 1, f"{name}: {picture} is blank or unreadable"
+
+
+def test_backbone_weights_really_come_from_the_classifier(quick_run: tuple[Path, str]) -> None:
+    for name in ("det", "seg"):
+        assert "tensors loaded from" in (quick_run[0] / name / "train.log").read_text()
+
+
+def test_closing_table_names_metrics_and_files(quick_run: tuple[Path, str]) -> None:
+    work, output = quick_run
+    for text in (*METRICS, str(work / "summary.json"), "quick demo"):
+        assert text in output
+
+
+def test_failing_step_shows_the_end_of_its_output(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('some words'); raise SystemExit(3)"]
+    with pytest.raises(DemoError, match="(?s)status 3.*some words"):
+        _run(command, tmp_path, tmp_path / "log")

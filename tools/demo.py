@@ -1,0 +1,35 @@
+"""Train, test and draw a VMamba classifier, detector and segmentor: python tools/demo.py [--quick]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmvmamba.apis.demo import run_demo
+from mmvmamba.errors import MMVMambaError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The demo on the digits data set.")
+    parser.add_argument("--quick", action="store_true", help="a few iterations on a few pictures")
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--data-root", type=Path, help="data folder (default: data/digits, with --quick data/digits-quick)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    data_root = args.data_root or Path("data/digits-quick" if args.quick else "data/digits")
+    try:
+        run_demo(Path(__file__).resolve().parents[1], args.work_dir, data_root, args.quick)
+    except MMVMambaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
