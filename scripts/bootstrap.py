@@ -35,6 +35,7 @@ NEED_GB = 12.0
 NEED_TEMP_GB = 4.0
 GB_PER_JOB = 2.0  # memory of one compilation of onedl-mmcv, rounded up
 STEPS = 6
+UNEXPLAINED = "the command failed, see above"
 DEBIAN = "apt-get install python3 python3-venv python3-dev"
 
 PROBE = """
@@ -213,14 +214,14 @@ def explain_failure(log: str) -> str:
                 missing.group(1)
             )
         )
-    return "the command failed"
+    return UNEXPLAINED
 
 
 def run_logged(step: int, command: list[str], log: Path, extra_env: dict[str, str]) -> None:
     """Run a command with its output in ``log``, printing a sign of life every half minute.
 
     Raises:
-        SetupError: The command failed; the last lines of its output were printed.
+        SetupError: The command failed; where the reason is not clear, the last lines of its output were printed.
     """
     start = sign = time.monotonic()
     with log.open("a+", encoding="utf-8", errors="replace") as out:
@@ -244,8 +245,10 @@ def run_logged(step: int, command: list[str], log: Path, extra_env: dict[str, st
         out.seek(begin)
         text = out.read()
     if process.returncode != 0:
-        print("\n".join(text.splitlines()[-15:]), file=sys.stderr)
-        raise SetupError("step {} of {}: {} (log: {})".format(step, STEPS, explain_failure(text), log))
+        reason = explain_failure(text)
+        if reason == UNEXPLAINED:
+            print("\n".join(text.splitlines()[-15:]), file=sys.stderr)
+        raise SetupError("step {} of {}: {} (log: {})".format(step, STEPS, reason, log))
 
 
 def cuda_environment(torch_cuda: str) -> dict[str, str]:
