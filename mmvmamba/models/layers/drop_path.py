@@ -16,8 +16,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ConfigError(f"drop path rate is {rate!r}, expected a number in [0, 1). Choose a smaller rate.")
+        _check_rate(rate)
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,8 +32,14 @@ class DropPath(nn.Module):
         return f"rate={self.rate:g}"
 
 
+def _check_rate(rate: float) -> None:
+    if not 0.0 <= rate < 1.0:
+        raise ConfigError(f"drop path rate is {rate!r}, expected a number in [0, 1). Choose a rate in that range.")
+
+
 def drop_path_schedule(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Return one rate per block and stage, rising linearly from 0 to ``rate`` over all blocks in order."""
+    _check_rate(rate)
     total = sum(depths)
     rates = [rate * i / max(total - 1, 1) for i in range(total)]
     starts = [sum(depths[:i]) for i in range(len(depths))]

@@ -53,8 +53,8 @@ def test_bad_out_indices(backbone, out_indices):
 
 
 def test_bad_arguments(backbone):
-    with pytest.raises(ConfigError, match=r"arch is 'nono'.*Did you mean 'nano'\?"):
-        backbone("nono")
+    with pytest.raises(ConfigError, match=r"arch is 'nanoo'.*Did you mean 'nano'\?"):
+        backbone("nanoo")
     with pytest.raises(ConfigError, match=r"unknown argument 'out_indexes'.*Did you mean 'out_indices'\?"):
         backbone("nano", out_indexes=(0,))
     with pytest.raises(ConfigError, match=r"frozen_stages is 5, expected an integer from -1"):

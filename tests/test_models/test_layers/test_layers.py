@@ -67,7 +67,7 @@ def test_convolution_keeps_channels_last_memory():
 def test_drop_path_keeps_the_mean_and_drops_whole_samples():
     layer = DropPath(0.25).train()
     out = layer(torch.ones(4000, 2, 3))
-    assert set(out.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert torch.equal(out.amin((1, 2)), out.amax((1, 2)))
     assert float(out.mean()) == pytest.approx(1.0, abs=0.05)
     assert torch.equal(layer.eval()(torch.ones(3, 2)), torch.ones(3, 2))
@@ -86,7 +86,7 @@ def test_downsampling_of_a_single_pixel():
 def test_ss2d_initialisation():
     layer = SS2D(32, d_state=4)
     step = F.softplus(layer.dt_projs_bias)
-    assert 1e-3 * 0.999 <= float(step.min())
+    assert float(step.min()) >= 1e-3 * 0.999
     assert float(step.max()) <= 1e-1 * 1.001
     assert layer.dt_rank == 2
     assert torch.equal(layer.A_logs, torch.arange(1.0, 5.0).log().expand(4 * 64, 4))

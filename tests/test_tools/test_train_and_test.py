@@ -1,0 +1,164 @@
+"""The command lines: flags, early stops with one clear line, and their translation for every task."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mmengine")
+
+from mmengine.config import Config
+
+from mmvmamba.apis import check_data, load_config, prepare_testing, prepare_training
+from mmvmamba.errors import CheckpointError, ConfigError, DataError
+
+ROOT = Path(__file__).parents[2]
+DET = str(ROOT / "configs/det/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py")
+SEG = str(ROOT / "configs/seg/vmamba/vmamba-tiny_upernet_4xb4-160k_ade20k-512x512.py")
+CLS = str(ROOT / "configs/cls/vmamba/vmamba-tiny_8xb128_in1k.py")
+
+
+def _run(tool, *arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *arguments],
+        cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"")
+    return str(path)
+
+
+@pytest.mark.parametrize("tool", ["train.py", "test.py"])
+def test_help_and_unknown_flags(tool):
+    assert "--cfg-options" in _run(tool, "--help").stdout
+    for flag in ("--work-dirr", "--work", "--cfg-option"):
+        result = _run(tool, DET, *(["x.pth"] if tool == "test.py" else []), flag, "x")
+        assert result.returncode == 2
+        assert "unrecognized arguments" in result.stderr
+
+
+def test_training_without_data_stops_first():
+    pytest.importorskip("mmdet")
+    result = _run("train.py", DET, "--cfg-options", "train_dataloader.dataset.data_root=nowhere/coco/")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: data set not found: train_dataloader.dataset (CocoDataset)"
+    )
+    assert "nowhere/coco" in result.stderr
+    assert "cocodataset.org" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_testing_without_weights_stops_first():
+    pytest.importorskip("mmdet")
+    result = _run("test.py", DET, "nowhere.pth")
+    assert result.returncode == 1
+    assert "error: checkpoint 'nowhere.pth' does not exist" in result.stderr
+
+
+def test_missing_config_is_named():
+    with pytest.raises(ConfigError, match="config is 'nowhere.py', which is no file"):
+        load_config("nowhere.py")
+
+
+def test_config_without_scope_is_refused(tmp_path):
+    (tmp_path / "bare.py").write_text("model = dict(type='X')\n")
+    with pytest.raises(ConfigError, match="default_scope is None, expected one of mmdet, mmseg, mmpretrain"):
+        load_config(str(tmp_path / "bare.py"))
+
+
+def test_work_dir_and_options():
+    pytest.importorskip("mmdet")
+    assert Path(load_config(DET).work_dir) == Path("work_dirs/mask-rcnn_vmamba-tiny_fpn_1x_coco")
+    cfg = load_config(DET, work_dir="elsewhere", cfg_options={"model.backbone.arch": "nano"}, launcher="pytorch")
+    assert (cfg.work_dir, cfg.model.backbone.arch, cfg.launcher) == ("elsewhere", "nano", "pytorch")
+
+
+def test_data_paths(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "a.json").write_text("{}")
+    inner = dict(type="CocoDataset", data_root=str(tmp_path), ann_file="a.json", data_prefix=dict(img="images"))
+    good = Config(dict(train_dataloader=dict(dataset=dict(type="RepeatDataset", times=2, dataset=inner))))
+    check_data(good, ["train", "val"])
+    for entry, value, named in [
+        ("ann_file", "b.json", "ann_file: .*b.json"),
+        ("data_prefix", dict(img="im"), r"data_prefix\.img: .*im"),
+        ("data_root", "no/digits", r"data_root: .*digits.*tools/dataset_converters/digits\.py"),
+    ]:
+        bad = Config(dict(val_dataloader=dict(dataset=dict(type="ConcatDataset", datasets=[{**inner, entry: value}]))))
+        check_data(bad, ["train"])
+        with pytest.raises(DataError, match=named):
+            check_data(bad, ["train", "val"])
+
+
+def test_data_that_downloads_itself_is_left_alone():
+    check_data(Config(dict(train_dataloader=dict(dataset=dict(type="CIFAR10", data_root="nowhere")))), ["train"])
+
+
+@pytest.mark.parametrize("path", [DET, SEG, CLS], ids=["det", "seg", "cls"])
+def test_training_flags(path, tmp_path):
+    pytest.importorskip("mmseg" if path == SEG else "mmdet" if path == DET else "mmpretrain")
+    cfg = load_config(path, work_dir=str(tmp_path))
+    prepare_training(cfg, auto_scale_lr=True)
+    assert cfg.auto_scale_lr.enable is True
+    with pytest.raises(CheckpointError, match="found no checkpoint"):
+        prepare_training(cfg, resume="auto")
+    (tmp_path / "epoch_1.pth").write_bytes(b"")
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_1.pth"))
+    prepare_training(cfg, resume="auto")
+    assert (cfg.resume, cfg.load_from) == (True, str(tmp_path / "epoch_1.pth"))
+    cfg.pop("auto_scale_lr")
+    with pytest.raises(ConfigError, match="auto_scale_lr"):
+        prepare_training(cfg, auto_scale_lr=True)
+
+
+def test_mixed_precision_needs_an_accelerator(monkeypatch):
+    pytest.importorskip("mmdet")
+    cfg = load_config(DET)
+    monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cpu")
+    with pytest.raises(ConfigError, match="--amp: found no accelerator"):
+        prepare_training(cfg, amp=True)
+    monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cuda")
+    prepare_training(cfg, amp=True)
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+
+
+def test_testing_flags_of_a_segmentor(weights, tmp_path):
+    pytest.importorskip("mmseg")
+    cfg = load_config(SEG)
+    prepare_testing(cfg, weights, out=str(tmp_path / "out"), show_dir=str(tmp_path / "show"), tta=True)
+    assert cfg.load_from == weights
+    assert cfg.model.type == "SegTTAModel"
+    assert cfg.model.module.backbone.type == "mmvmamba.VMamba"
+    assert cfg.test_dataloader.dataset.pipeline[-1].type == "TestTimeAug"
+    assert cfg.test_evaluator.output_dir == str(tmp_path / "out")
+    assert cfg.visualizer.save_dir == str(tmp_path / "show")
+
+
+def test_testing_flags_of_a_detector(weights, tmp_path):
+    pytest.importorskip("mmdet")
+    cfg = load_config(DET)
+    prepare_testing(cfg, weights, out=str(tmp_path / "out.pkl"), show_dir=str(tmp_path / "show"))
+    assert cfg.test_evaluator[-1].type == "DumpDetResults"
+    assert cfg.default_hooks.visualization.draw is True
+    with pytest.raises(ConfigError, match=r"--tta: model MaskRCNN predicts masks"):
+        prepare_testing(cfg, weights, tta=True)
+    with pytest.raises(ConfigError, match="ending in .pkl"):
+        prepare_testing(cfg, weights, out="predictions")
+    del cfg.model.roi_head.mask_head
+    prepare_testing(cfg, weights, tta=True)
+    assert cfg.model.type == "DetTTAModel"
+
+
+def test_testing_flags_of_a_classifier(weights, tmp_path):
+    pytest.importorskip("mmpretrain")
+    cfg = load_config(CLS)
+    prepare_testing(cfg, weights, out=str(tmp_path / "out.pkl"), show_dir=str(tmp_path / "show"), tta=True)
+    assert cfg.test_evaluator[-1].type == "DumpResults"
+    assert cfg.default_hooks.visualization.out_dir == str(tmp_path / "show")
+    assert cfg.model.type == "AverageClsScoreTTA"
