@@ -1,4 +1,4 @@
-"""Train, test and draw a VMamba classifier, detector and segmentor: python tools/demo.py [--quick]"""
+"""Train, test and draw a VMamba classifier, detector and segmentor: ``python tools/demo.py [--quick]``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mmvmamba.errors import MMVMambaError
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description="The demo on the digits data set.")
     parser.add_argument("--quick", action="store_true", help="a few iterations on a few pictures")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"), help="(default: %(default)s)")
@@ -21,6 +22,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run the demo."""
     args = parse_args()
     data_root = args.data_root or Path("data/digits-quick" if args.quick else "data/digits")
     try:

@@ -34,9 +34,9 @@ def read_scalars(path: Path) -> dict[str, Points]:
 
 def plot_curves(scalars: Path, out: Path, metrics: Sequence[str], title: str) -> None:
     """Draw losses (left) and the named validation metrics (right) over the iterations into a PNG."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     series = read_scalars(scalars)

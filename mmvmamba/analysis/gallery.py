@@ -31,6 +31,7 @@ PALETTE = np.array(
     ],
     dtype=np.uint8,
 )
+_PANEL = 384  # least width of a panel
 _ZOOM = 2  # scenes of 128 to 192 pixels are too small to look at otherwise
 
 
@@ -112,7 +113,7 @@ def _paint_instances(image: Array, instances: Any, classes: Sequence[str]) -> Ar
         canvas[covered] = (0.45 * canvas[covered] + 0.55 * PALETTE[label]).astype(np.uint8)
     for box, label, value in zip(boxes, instances.labels, scores, strict=True):
         colour = tuple(int(v) for v in PALETTE[label])
-        left, top, right, bottom = (int(round(float(v) * _ZOOM)) for v in box)
+        left, top, right, bottom = (round(float(v) * _ZOOM) for v in box)
         cv2.rectangle(canvas, (left, top), (right, bottom), colour, 1)
         text = classes[label] if value is None else f"{classes[label]} {value:.2f}"
         _label(canvas, text, (left, max(top, 12)), colour)
@@ -140,7 +141,8 @@ def _paint_labels(image: Array, labels: Array) -> Array:
 def _side_by_side(first: Array, second: Array, third: Array, captions: tuple[str, str, str]) -> Array:
     panels = []
     for panel, caption in zip((first, second, third), captions, strict=True):
-        framed = cv2.copyMakeBorder(panel, 18, 4, 3, 3, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        spare = max(0, _PANEL - panel.shape[1])  # panels of one width stand in columns
+        framed = cv2.copyMakeBorder(panel, 18, 4, 3, 3 + spare, cv2.BORDER_CONSTANT, value=(255, 255, 255))
         cv2.putText(framed, caption, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
         panels.append(framed)
     return np.hstack(panels)

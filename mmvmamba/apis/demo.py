@@ -137,9 +137,7 @@ def run_demo(root: Path, work_dir: Path, data_root: Path, quick: bool) -> dict[s
     return summary
 
 
-def _run_stage(
-    stage: Stage, root: Path, folder: Path, data_root: Path, init: Path | None, quick: bool
-) -> StageResult:
+def _run_stage(stage: Stage, root: Path, folder: Path, data_root: Path, init: Path | None, quick: bool) -> StageResult:
     """Train, test and draw one stage."""
     folder.mkdir(parents=True, exist_ok=True)
     config = root / stage.config
@@ -191,7 +189,7 @@ def _run(command: list[str], root: Path, log: Path) -> float:
     tail: deque[str] = deque(maxlen=25)
     with log.open("w") as sink:
         sink.write(f"$ {shlex.join(command)}\n")
-        process = subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # noqa: S603 (our own tools)
         try:
             for line in process.stdout or ():
                 sink.write(line)
@@ -205,7 +203,9 @@ def _run(command: list[str], root: Path, log: Path) -> float:
         finally:
             code = process.wait()
     if code != 0:
-        raise DemoError(f"{shlex.join(command[:3])} ended with status {code}; its last lines (all in {log}):\n{''.join(tail)}")
+        raise DemoError(
+            f"{shlex.join(command[:3])} ended with status {code}; its last lines (all in {log}):\n{''.join(tail)}"
+        )
     return time.perf_counter() - started
 
 
@@ -236,7 +236,9 @@ def _read_metrics(stage: Stage, test_dir: Path) -> dict[str, float]:
     for name, (logged, factor) in stage.metrics.items():
         value = found.get(logged)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise DemoError(f"{path} has {logged}={value!r}, expected a finite number; see {test_dir.parent / 'test.log'}")
+            raise DemoError(
+                f"{path} has {logged}={value!r}, expected a finite number; see {test_dir.parent / 'test.log'}"
+            )
         metrics[name] = round(value * factor, 4)
     return metrics
 
@@ -271,7 +273,9 @@ def format_table(results: Mapping[str, StageResult], path: Path, summary: Mappin
     lines.append("")
     lines.append("In each folder: predictions.png (beside the truth), curves.png, train.log, test.log, the checkpoint.")
     if summary["quick"]:
-        lines.append("This was the quick demo: a few iterations, so the metrics say nothing but that they were computed.")
+        lines.append(
+            "This was the quick demo: a few iterations, so the metrics say nothing but that they were computed."
+        )
     return "\n".join(lines)
 
 

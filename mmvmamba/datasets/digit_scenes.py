@@ -1,6 +1,7 @@
 """Pictures of handwritten digits on cluttered backgrounds, drawn from a random generator and nothing else.
 
-The digits are real: the 1,797 scans of scikit-learn's ``load_digits`` (UCI "Optical Recognition of Handwritten Digits").
+The digits are real: the 1,797 scans of scikit-learn's ``load_digits``, from the UCI set "Optical Recognition of
+Handwritten Digits".
 Every function takes its ``numpy.random.Generator`` as an argument, so a scene depends on its seed alone and not on the
 order or the process in which scenes are drawn.
 """
@@ -43,8 +44,15 @@ class DigitSource:
 
 @dataclass
 class Instance:
-    """One annotated object: a boolean visible mask (h, w), its digit, the scans it was made of, how many
-    pixels it had before others covered it, and whether it is a crowd."""
+    """One annotated object.
+
+    Attributes:
+        mask: Its visible pixels (h, w), boolean.
+        label: Its digit.
+        sources: The scans it was made of, as indices in scikit-learn's order.
+        painted: How many pixels it had before others covered it.
+        crowd: Whether it is a crowd of small digits and not one digit.
+    """
 
     mask: Array
     label: int
@@ -70,15 +78,17 @@ def load_digit_sources(seed: int, val_fraction: float = 0.2) -> dict[str, DigitS
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError('the digits data set needs scikit-learn, which is not installed: pip install scikit-learn') from error
+        raise DataError(
+            "the digits data set needs scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
     bunch = load_digits()
     rng = np.random.default_rng([seed, 0])
     chosen: dict[str, list[Array]] = {"train": [], "val": []}
     for label in range(10):
         order = rng.permutation(np.flatnonzero(bunch.target == label))
         cut = round(len(order) * val_fraction)
-        chosen['val'].append(np.sort(order[:cut]))
-        chosen['train'].append(np.sort(order[cut:]))
+        chosen["val"].append(np.sort(order[:cut]))
+        chosen["train"].append(np.sort(order[cut:]))
     sources = {}
     for split, parts in chosen.items():
         indices = np.concatenate(parts)
@@ -104,7 +114,7 @@ def draw_scene(rng: Rng, source: DigitSource) -> Scene:
 
 
 def crop_digit(rng: Rng, scene: Scene, instance: Instance, size: int) -> Array:
-    """Cut a square around an instance, 1.05 to 1.6 times its longer side and a little off centre, scaled to ``size``."""
+    """Cut a square around an instance, 1.05 to 1.6 times its longer side, off centre a little, scaled to ``size``."""
     left, top, width, height = mask_box(instance.mask)
     side = max(width, height) * rng.uniform(1.05, 1.6)
     centre_x = left + width / 2 + rng.uniform(-0.08, 0.08) * side

@@ -100,7 +100,7 @@ def write_digits(out: str | os.PathLike[str], settings: DigitsSettings, progress
         partial.chmod(0o755)  # mkdtemp makes folders private
         if target.exists():
             target.rmdir()  # known to be empty
-        os.replace(partial, target)
+        partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
@@ -126,7 +126,7 @@ def _is_complete(target: Path, settings: DigitsSettings) -> bool:
     if differing:
         have = {key: found.get(key) for key in differing} if isinstance(found, dict) else found
         raise DataError(
-            f"digits: {target} was made with {have}, expected {({key: wanted[key] for key in differing})}; "
+            f"digits: {target} was made with {have}, expected { ({key: wanted[key] for key in differing}) }; "
             f"delete {target} or pass another --out"
         )
     for split, scenes, crops in (
@@ -138,7 +138,8 @@ def _is_complete(target: Path, settings: DigitsSettings) -> bool:
             present = sum(1 for _ in (target / kind / split).glob(pattern))
             if present != count:
                 raise DataError(
-                    f"digits: {target / kind / split} holds {present} files, expected {count}; delete {target} to remake it"
+                    f"digits: {target / kind / split} holds {present} files, expected {count}; "
+                    f"delete {target} to remake it"
                 )
     return True
 

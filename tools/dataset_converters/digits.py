@@ -1,4 +1,4 @@
-"""Make the digits data set: python tools/dataset_converters/digits.py --out data/digits"""
+"""Make the digits data set: ``python tools/dataset_converters/digits.py --out data/digits``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mmvmamba.errors import DataError
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the parsed command line."""
     defaults = DigitsSettings()
     parser = argparse.ArgumentParser(description="Make the digits data set (COCO, ADE20K-style labels, crops).")
     parser.add_argument("--out", default="data/digits", help="folder to make (default: %(default)s)")
@@ -28,6 +29,7 @@ def show_progress(what: str, done: int, total: int) -> None:
 
 
 def main() -> int:
+    """Make the data set."""
     args = parse_args()
     try:
         settings = DigitsSettings(args.train, args.val, args.seed, args.train_crops, args.val_crops)

@@ -21,20 +21,27 @@ model = dict(
         init_cfg=dict(type="Pretrained", checkpoint="work_dirs/demo/cls/iter_2000.pth", prefix="backbone."),
     ),
     decode_head=dict(
-        in_channels=[32, 64, 128, 256], channels=64, num_classes=11, norm_cfg=norm_cfg, pool_scales=(1, 2, 4)
+        in_channels=[32, 64, 128, 256],
+        channels=64,
+        pool_scales=(1, 2, 4),
+        num_classes=11,
+        norm_cfg=norm_cfg,
+        loss_decode=dict(avg_non_ignore=True),
     ),
-    auxiliary_head=dict(in_channels=128, channels=32, num_classes=11, norm_cfg=norm_cfg),
+    auxiliary_head=dict(
+        in_channels=128, channels=32, num_classes=11, norm_cfg=norm_cfg, loss_decode=dict(avg_non_ignore=True)
+    ),
 )
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="RandomCrop", crop_size=crop_size),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 dataset = dict(
@@ -60,9 +67,7 @@ val_dataloader = dict(
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        data_prefix=dict(img_path="images/val", seg_map_path="labels/val"), pipeline=test_pipeline, **dataset
-    ),
+    dataset=dict(data_prefix=dict(img_path="images/val", seg_map_path="labels/val"), pipeline=test_pipeline, **dataset),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])

@@ -51,7 +51,9 @@ class PretrainedCheckHook(Hook):
     def _check(self, name: str, module: nn.Module, init_cfg: dict) -> str:
         path, prefix = init_cfg["checkpoint"], init_cfg.get("prefix")
         stored = checkpoint_tensors(path, prefix)
-        problems, fresh, loaded = [], [], 0
+        problems: list[str] = []
+        fresh: list[str] = []
+        loaded = 0
         own = module.state_dict()
         for key, tensor in own.items():
             if key not in stored:
@@ -67,8 +69,8 @@ class PretrainedCheckHook(Hook):
         if problems:
             listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise CheckpointMismatch(
-                f"{name} was to start from {path} (prefix {prefix!r}), but {len(problems)} of its tensors do not match: "
-                f"{listed}. Train the checkpoint with the same arch, or correct init_cfg"
+                f"{name} was to start from {path} (prefix {prefix!r}), but {len(problems)} tensors do not "
+                f"match: {listed}. Train the checkpoint with the same arch, or correct init_cfg"
             )
         return f"{name}: {loaded} tensors loaded from {path}, {len(fresh)} start fresh"
 
