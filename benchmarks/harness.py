@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -48,11 +49,13 @@ def interleave(contestants: Mapping[str, Callable[[], object]], seconds: float, 
 
 def environment() -> dict[str, object]:
     """What a result depends on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    git = shutil.which("git")
+    command = [git or "git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout if git else ""  # noqa: S603
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.strip() or None,
         "device": cpu[0].split(":", 1)[1].strip() if cpu else platform.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -62,8 +62,8 @@ void run_tasks(void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& ar
   const int64_t elements = kernels<T>().workspace(args.states, rank);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     // Scratch rows are read and written by whole 64-byte vectors: keep them within cache lines.
-    std::unique_ptr<T, decltype(&std::free)> memory(
-        static_cast<T*>(std::aligned_alloc(64, elements * sizeof(T))), &std::free);
+    std::unique_ptr<T, decltype(&std::free)> memory(static_cast<T*>(std::aligned_alloc(64, elements * sizeof(T))),
+                                                    &std::free);
     STD_TORCH_CHECK(memory != nullptr, "mmvmamba: out of memory for ", elements * sizeof(T), " bytes of scratch");
     kernel(args, begin, end, memory.get());
   });

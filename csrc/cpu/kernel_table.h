@@ -8,16 +8,16 @@ namespace mmvmamba {
 namespace {
 
 // Call a task function with the number of vectors per block as a constant.
-#define MMVMAMBA_BY_BLOCK(function, args, channels, begin, end, memory)   \
-  switch (block_width<T>(channels) / kLanes<T>) {                         \
-    case 1:                                                               \
-      return function<T, 1>(args, begin, end, memory);                    \
-    case 2:                                                               \
-      return function<T, 2>(args, begin, end, memory);                    \
-    case 3:                                                               \
-      return function<T, 3>(args, begin, end, memory);                    \
-    default:                                                              \
-      return function<T, 4>(args, begin, end, memory);                    \
+#define MMVMAMBA_BY_BLOCK(function, args, channels, begin, end, memory) \
+  switch (block_width<T>(channels) / kLanes<T>) {                       \
+    case 1:                                                             \
+      return function<T, 1>(args, begin, end, memory);                  \
+    case 2:                                                             \
+      return function<T, 2>(args, begin, end, memory);                  \
+    case 3:                                                             \
+      return function<T, 3>(args, begin, end, memory);                  \
+    default:                                                            \
+      return function<T, 4>(args, begin, end, memory);                  \
   }
 
 template <typename T>

@@ -25,9 +25,9 @@ struct SelectiveScanArgs {
   const T* delta_bias;  // (d) or null
   int64_t batch, channels, length, states, groups;
   bool delta_softplus;
-  T* out;         // forward: (b, d, l)
-  T* last_state;  // forward: (b, d, n)
-  T* carries;     // (b, chunks, n, d): written by the forward unless null, read by the backward
+  T* out;                    // forward: (b, d, l)
+  T* last_state;             // forward: (b, d, n)
+  T* carries;                // (b, chunks, n, d): written by the forward unless null, read by the backward
   const T* grad_out;         // backward: (b, d, l)
   const T* grad_last_state;  // backward: (b, d, n) or null
   T* du;                     // (b, d, l)
@@ -42,18 +42,18 @@ struct SelectiveScanArgs {
 
 template <typename T>
 struct Scan2dArgs {
-  const T* x;            // (b, h w, d)
-  const T* projections;  // (b, h w, k, r + 2 n)
-  const T* dt_weight;    // (k, d, r)
-  const T* dt_bias;      // (k, d) or null
-  const T* A;            // (k, d, n)
-  const T* D;            // (k, d) or null
+  const T* x;                  // (b, h w, d)
+  const T* projections;        // (b, h w, k, r + 2 n)
+  const T* dt_weight;          // (k, d, r)
+  const T* dt_bias;            // (k, d) or null
+  const T* A;                  // (k, d, n)
+  const T* D;                  // (k, d) or null
   const int64_t* orders;       // (k) ScanOrder codes, or null
   const int64_t* permutation;  // (k, l) pixel indices, or null
   int64_t batch, height, width, channels, routes, rank, states, length;
   bool delta_softplus;
-  T* out;      // forward: (b, h w, d)
-  T* carries;  // (b, k, chunks, n, d): written by the forward unless null, read by the backward
+  T* out;             // forward: (b, h w, d)
+  T* carries;         // (b, k, chunks, n, d): written by the forward unless null, read by the backward
   const T* grad_out;  // backward: (b, h w, d)
   T* dx;              // (b, h w, d)
   // Partial sums, as above.
@@ -67,7 +67,7 @@ struct Scan2dArgs {
 // The kernels of one instruction set. A task is one batch entry and one block of channels; tasks are independent.
 template <typename T>
 struct Kernels {
-  int64_t (*block_width)(int64_t channels);  // channels per task, the same for every instruction set
+  int64_t (*block_width)(int64_t channels);            // channels per task, the same for every instruction set
   int64_t (*workspace)(int64_t states, int64_t rank);  // scratch of one thread, in elements
   void (*selective_scan)(const SelectiveScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
   void (*selective_scan_backward)(const SelectiveScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);

@@ -39,8 +39,13 @@ struct Inputs {
 
   Inputs(const Tensor& x_, const Tensor& projections_, const Tensor& dt_weight_, const std::optional<Tensor>& dt_bias_,
          const Tensor& A_, const std::optional<Tensor>& D_, const Routes& routes_, bool delta_softplus)
-      : x(as_input<T>(x_)), projections(as_input<T>(projections_)), dt_weight(as_input<T>(dt_weight_)),
-        A(as_input<T>(A_)), dt_bias(as_input<T>(dt_bias_)), D(as_input<T>(D_)), routes(routes_) {
+      : x(as_input<T>(x_)),
+        projections(as_input<T>(projections_)),
+        dt_weight(as_input<T>(dt_weight_)),
+        A(as_input<T>(A_)),
+        dt_bias(as_input<T>(dt_bias_)),
+        D(as_input<T>(D_)),
+        routes(routes_) {
     STD_TORCH_CHECK(x.dim() == 4 && A.dim() == 3 && dt_weight.dim() == 3,
                     "mmvmamba::scan2d: x must be (b, h, w, d), A (k, d, n), dt_weight (k, d, r)");
     args.batch = x.size(0);
@@ -52,11 +57,10 @@ struct Inputs {
     args.rank = dt_weight.size(2);
     args.delta_softplus = delta_softplus;
     const int64_t pixels = args.height * args.width, parameters = args.routes * args.channels;
-    STD_TORCH_CHECK(
-        A.numel() == parameters * args.states && dt_weight.numel() == parameters * args.rank &&
-            projections.numel() == args.batch * pixels * args.routes * (args.rank + 2 * args.states) &&
-            (!dt_bias || dt_bias->numel() == parameters) && (!D || D->numel() == parameters),
-        "mmvmamba::scan2d: the shapes of the arguments do not belong together");
+    STD_TORCH_CHECK(A.numel() == parameters * args.states && dt_weight.numel() == parameters * args.rank &&
+                        projections.numel() == args.batch * pixels * args.routes * (args.rank + 2 * args.states) &&
+                        (!dt_bias || dt_bias->numel() == parameters) && (!D || D->numel() == parameters),
+                    "mmvmamba::scan2d: the shapes of the arguments do not belong together");
     set_routes(pixels);
     args.x = data<T>(x);
     args.projections = data<T>(projections);
@@ -102,14 +106,12 @@ std::tuple<Tensor, Tensor> forward(Inputs<T> in, ScalarType out_dtype, bool save
 }
 
 std::tuple<Tensor, Tensor> scan2d(const Tensor& x, const Tensor& projections, const Tensor& dt_weight,
-                                  const std::optional<Tensor>& dt_bias, const Tensor& A,
-                                  const std::optional<Tensor>& D, std::vector<int64_t> orders,
-                                  const std::optional<Tensor>& permutation, bool delta_softplus, ScalarType out_dtype,
-                                  bool save_carries) {
+                                  const std::optional<Tensor>& dt_bias, const Tensor& A, const std::optional<Tensor>& D,
+                                  std::vector<int64_t> orders, const std::optional<Tensor>& permutation,
+                                  bool delta_softplus, ScalarType out_dtype, bool save_carries) {
   const Routes routes(std::move(orders), permutation);
   if (x.scalar_type() == ScalarType::Double)
-    return forward<double>({x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus}, out_dtype,
-                           save_carries);
+    return forward<double>({x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus}, out_dtype, save_carries);
   return forward<float>({x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus}, out_dtype, save_carries);
 }
 
@@ -119,12 +121,11 @@ template <typename T>
 Gradients backward(const Tensor& grad_out_, Inputs<T> in, const Tensor& carries_) {
   auto& a = in.args;
   const Tensor grad_out = as_input<T>(grad_out_), carries = as_input<T>(carries_);
-  STD_TORCH_CHECK(grad_out.numel() == in.x.numel() &&
-                      carries.numel() == a.batch * a.routes * in.chunks * a.states * a.channels,
-                  "mmvmamba::scan2d_backward: grad_out or carries do not belong to the inputs");
+  STD_TORCH_CHECK(
+      grad_out.numel() == in.x.numel() && carries.numel() == a.batch * a.routes * in.chunks * a.states * a.channels,
+      "mmvmamba::scan2d_backward: grad_out or carries do not belong to the inputs");
   Tensor dx = in.empty({a.batch, a.height, a.width, a.channels});
-  Tensor dprojections =
-      in.empty({in.blocks, a.batch, a.height, a.width, a.routes, a.rank + 2 * a.states});
+  Tensor dprojections = in.empty({in.blocks, a.batch, a.height, a.width, a.routes, a.rank + 2 * a.states});
   Tensor ddt_weight = in.empty({a.batch, a.routes, a.channels, a.rank});
   Tensor dA = in.empty({a.batch, a.routes, a.channels, a.states});
   Tensor ddt_bias = in.empty({in.dt_bias ? a.batch : 0, a.routes, a.channels});
@@ -155,8 +156,8 @@ Gradients scan2d_backward(const Tensor& grad_out, const Tensor& x, const Tensor&
       x.scalar_type() == ScalarType::Double
           ? backward<double>(grad_out, {x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus}, carries)
           : backward<float>(grad_out, {x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus}, carries);
-  return {as_gradient(dx, x), as_gradient(dprojections, projections), as_gradient(ddt_weight, dt_weight), ddt_bias, dA,
-          dD};
+  return {
+      as_gradient(dx, x), as_gradient(dprojections, projections), as_gradient(ddt_weight, dt_weight), ddt_bias, dA, dD};
 }
 
 }  // namespace

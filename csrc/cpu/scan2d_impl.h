@@ -117,8 +117,7 @@ MMVMAMBA_INLINE void step_size_gradients(Scratch<T>& s, int64_t steps, int64_t r
     V sum[kVectors];
     for (int v = 0; v < kVectors; ++v) sum[v] = V{};
     for (int64_t c = 0; c < width; ++c)
-      for (int v = 0; v < kVectors; ++v)
-        sum[v] += load(s.transposed + c * kChunk + v * kLanes<T>) * s.W[r * row + c];
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(s.transposed + c * kChunk + v * kLanes<T>) * s.W[r * row + c];
     T by_position[kChunk];
     for (int v = 0; v < kVectors; ++v) store<T>(by_position + v * kLanes<T>, sum[v]);
     for (int64_t t = 0; t < steps; ++t) s.ddt[t * rank + r] = by_position[t];
@@ -159,8 +158,7 @@ MMVMAMBA_INLINE void scan2d_route_backward(const Scan2dArgs<T>& a, Scratch<T>& s
     visited_pixels(a, route, start, steps, pixels);
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
     for (int64_t t = 0; t < steps; ++t)
-      load_row(s.y + t * row, a.grad_out + (task.batch * map + pixels[t]) * a.channels + task.first, task.width,
-               block);
+      load_row(s.y + t * row, a.grad_out + (task.batch * map + pixels[t]) * a.channels + task.first, task.width, block);
     const int64_t carry = ((task.batch * a.routes + route) * chunks + chunk) * a.states;
     for (int64_t n = 0; n < a.states; ++n)
       load_row(s.h + n * row, a.carries + (carry + n) * a.channels + task.first, task.width, block);

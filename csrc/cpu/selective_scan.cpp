@@ -21,8 +21,13 @@ struct Inputs {
 
   Inputs(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
          const std::optional<Tensor>& D_, const std::optional<Tensor>& delta_bias_, bool delta_softplus)
-      : u(as_input<T>(u_)), delta(as_input<T>(delta_)), A(as_input<T>(A_)), B(as_input<T>(B_)), C(as_input<T>(C_)),
-        D(as_input<T>(D_)), delta_bias(as_input<T>(delta_bias_)) {
+      : u(as_input<T>(u_)),
+        delta(as_input<T>(delta_)),
+        A(as_input<T>(A_)),
+        B(as_input<T>(B_)),
+        C(as_input<T>(C_)),
+        D(as_input<T>(D_)),
+        delta_bias(as_input<T>(delta_bias_)) {
     STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && B.dim() == 4 && C.dim() == 4,
                     "mmvmamba::selective_scan: u must be (b, d, l), A (d, n), B and C (b, g, n, l)");
     args.batch = u.size(0);
@@ -68,10 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(Inputs<T> in, ScalarType out_dtype, b
   return {torch::stable::to(out, out_dtype), last_state, carries};
 }
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan(
-    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-    const std::optional<Tensor>& D, const std::optional<Tensor>& delta_bias, bool delta_softplus,
-    ScalarType out_dtype, bool save_carries) {
+std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                                  const Tensor& B, const Tensor& C, const std::optional<Tensor>& D,
+                                                  const std::optional<Tensor>& delta_bias, bool delta_softplus,
+                                                  ScalarType out_dtype, bool save_carries) {
   if (u.scalar_type() == ScalarType::Double)
     return forward<double>({u, delta, A, B, C, D, delta_bias, delta_softplus}, out_dtype, save_carries);
   return forward<float>({u, delta, A, B, C, D, delta_bias, delta_softplus}, out_dtype, save_carries);
@@ -85,10 +90,10 @@ Gradients backward(const Tensor& grad_out_, const std::optional<Tensor>& grad_la
   auto& a = in.args;
   const Tensor grad_out = as_input<T>(grad_out_), carries = as_input<T>(carries_);
   const std::optional<Tensor> grad_last_state = as_input<T>(grad_last_state_);
-  STD_TORCH_CHECK(grad_out.numel() == in.u.numel() &&
-                      carries.numel() == a.batch * in.chunks * a.states * a.channels &&
-                      (!grad_last_state || grad_last_state->numel() == a.batch * a.channels * a.states),
-                  "mmvmamba::selective_scan_backward: grad_out, grad_last_state or carries do not belong to the inputs");
+  STD_TORCH_CHECK(
+      grad_out.numel() == in.u.numel() && carries.numel() == a.batch * in.chunks * a.states * a.channels &&
+          (!grad_last_state || grad_last_state->numel() == a.batch * a.channels * a.states),
+      "mmvmamba::selective_scan_backward: grad_out, grad_last_state or carries do not belong to the inputs");
   Tensor du = in.empty({a.batch, a.channels, a.length}), ddelta = in.empty({a.batch, a.channels, a.length});
   Tensor dA = in.empty({a.batch, a.channels, a.states});
   Tensor dD = in.empty({in.D ? a.batch : 0, a.channels});
@@ -115,11 +120,10 @@ Gradients backward(const Tensor& grad_out_, const std::optional<Tensor>& grad_la
           in.delta_bias ? sum_partials<T>(dbias) : in.empty({0})};
 }
 
-Gradients selective_scan_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_last_state,
-                                  const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                                  const Tensor& C, const std::optional<Tensor>& D,
-                                  const std::optional<Tensor>& delta_bias, bool delta_softplus,
-                                  const Tensor& carries) {
+Gradients selective_scan_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_last_state, const Tensor& u,
+                                  const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                  const std::optional<Tensor>& D, const std::optional<Tensor>& delta_bias,
+                                  bool delta_softplus, const Tensor& carries) {
   auto [du, ddelta, dA, dB, dC, dD, dbias] =
       u.scalar_type() == ScalarType::Double
           ? backward<double>(grad_out, grad_last_state, {u, delta, A, B, C, D, delta_bias, delta_softplus}, carries)

@@ -38,8 +38,8 @@ MMVMAMBA_INLINE void scatter_channels(T* target, const T* rows, int64_t length, 
 }
 
 template <typename T, int NV>
-MMVMAMBA_INLINE void gather_chunk(const SelectiveScanArgs<T>& a, Scratch<T>& s, const ScanTask<T>& task,
-                                  int64_t start, int64_t steps) {
+MMVMAMBA_INLINE void gather_chunk(const SelectiveScanArgs<T>& a, Scratch<T>& s, const ScanTask<T>& task, int64_t start,
+                                  int64_t steps) {
   constexpr int64_t block = NV * kLanes<T>;
   const int64_t at = (task.batch * a.channels + task.first) * a.length + start;
   gather_channels(s.u, a.u + at, a.length, steps, task.width, block);
@@ -74,8 +74,8 @@ void selective_scan_tasks(const SelectiveScanArgs<T>& a, int64_t begin, int64_t 
       const int64_t start = chunk * kChunk, steps = min_of(kChunk, a.length - start);
       if (a.carries)
         for (int64_t n = 0; n < a.states; ++n)
-          store_row(a.carries + ((task.batch * chunks + chunk) * a.states + n) * a.channels + task.first,
-                    s.h + n * row, task.width);
+          store_row(a.carries + ((task.batch * chunks + chunk) * a.states + n) * a.channels + task.first, s.h + n * row,
+                    task.width);
       gather_chunk<T, NV>(a, s, task, start, steps);
       scan_chunk<T, NV>(s, steps, a.states);
       scatter_channels(a.out + (task.batch * a.channels + task.first) * a.length + start, s.y, a.length, steps,
@@ -99,8 +99,7 @@ void selective_scan_backward_tasks(const SelectiveScanArgs<T>& a, int64_t begin,
       load_transposed(s.q, a.grad_last_state + channel * a.states, a.states, task.width, block);
     else
       fill(s.q, a.states * row, T(0));
-    const int64_t group_row =
-        (task.block * a.batch * a.groups + task.batch * a.groups + task.group) * a.states;
+    const int64_t group_row = (task.block * a.batch * a.groups + task.batch * a.groups + task.group) * a.states;
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       const int64_t start = chunk * kChunk, steps = min_of(kChunk, a.length - start);
       gather_chunk<T, NV>(a, s, task, start, steps);

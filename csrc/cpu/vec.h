@@ -74,7 +74,8 @@ MMVMAMBA_INLINE double sum_lanes(Vec<double> v) {
 MMVMAMBA_INLINE Vec<float> exp_vec(Vec<float> x) {
   typedef Vec<float> V;
   typedef VecMask<float> I;
-  // A cast between vector types keeps the bits. Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum.
+  // A cast between vector types keeps the bits. Adding 1.5 * 2^23 rounds to an integer, which then stands in the low
+  // bits of the sum.
   const V magic = splat(12582912.0f);
   const V shifted = x * 1.442695041f + magic;
   const V power = shifted - magic;

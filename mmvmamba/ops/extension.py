@@ -60,7 +60,9 @@ def stamp_problem(stamp: Stamp) -> str | None:
     if stamp.machine != platform.machine():
         return f"the extension was built for {stamp.machine}, this machine is {platform.machine()}: {REBUILD}"
     if _release(torch.__version__) < _release(stamp.torch_min):
-        return f"the extension needs torch >= {stamp.torch_min}, this is {torch.__version__}: upgrade torch or {REBUILD}"
+        return (
+            f"the extension needs torch >= {stamp.torch_min}, this is {torch.__version__}: upgrade torch or {REBUILD}"
+        )
     return None
 
 

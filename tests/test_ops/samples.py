@@ -32,9 +32,7 @@ class Sample:
     def run(self, backend: str | None, tensors: dict[str, Tensor | None] | None = None) -> Tensor:
         return self.op(**(self.tensors if tensors is None else tensors), **self.options, backend=backend)
 
-    def gradients(
-        self, backend: str | None, double: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, backend: str | None, double: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """Output and all gradients, for a fixed random gradient of the output; in float64 if ``double``."""
         leaves = {
             name: None if value is None else as_leaf(value.double() if double else value)
@@ -91,7 +89,9 @@ def selective_scan_sample(seed: int) -> Sample:
     grouped = groups > 1 or pick.random() < 0.5
     projection = (b, groups, n, length) if grouped else (b, n, length)
     softplus = pick.random() < 0.7
-    delta = make(b, d, length) if softplus else _strided((torch.rand(b, d, length, generator=generator)).to(dtype), pick)
+    delta = (
+        make(b, d, length) if softplus else _strided((torch.rand(b, d, length, generator=generator)).to(dtype), pick)
+    )
     rates = -torch.rand(d, n, generator=generator, dtype=torch.float64).to(parameter_dtype) * 2
     return Sample(
         op=selective_scan,

@@ -92,9 +92,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_carries: Tensor) -> tuple[Any, ...]:
     *tensors, permutation, carries = ctx.saved_tensors
-    grads = torch.ops.mmvmamba.scan2d_backward(
-        grad_out, *tensors, ctx.orders, permutation, ctx.delta_softplus, carries
-    )
+    grads = torch.ops.mmvmamba.scan2d_backward(grad_out, *tensors, ctx.orders, permutation, ctx.delta_softplus, carries)
     wanted = (
         grad if needed and tensor is not None else None
         for grad, needed, tensor in zip(grads, ctx.needs_input_grad[:6], tensors, strict=True)

@@ -116,7 +116,7 @@ def _check_orders(orders: Sequence[ScanOrder] | Tensor, x: Tensor, k: int) -> tu
     """Return (codes, None) for named routes and ([], permutation) for explicit ones."""
     if isinstance(orders, Tensor):
         return [], _check_permutation(orders, x, k)
-    codes = list(orders)
+    codes: list[object] = list(orders)
     if len(codes) != k:
         advice = "Give one order for each route of A."
         checks.fail(_OP, "orders", f"has {len(codes)} entries", f"k = {k} of them", advice)
@@ -124,12 +124,14 @@ def _check_orders(orders: Sequence[ScanOrder] | Tensor, x: Tensor, k: int) -> tu
         if not isinstance(order, ScanOrder):
             checks.fail(_OP, "orders", f"holds {order!r}", "ScanOrder values or an int64 tensor (k, l)",
                         f"Use one of {', '.join(str(o) for o in ScanOrder)}.")  # fmt: skip
-    return [int(order) for order in codes], None
+    return [int(order) for order in orders], None
 
 
 def _check_permutation(permutation: Tensor, x: Tensor, k: int) -> Tensor:
     if permutation.dtype != torch.int64:
-        checks.fail(_OP, "orders", f"has dtype {permutation.dtype}", "torch.int64 pixel indices", "Cast it with .long().")
+        checks.fail(
+            _OP, "orders", f"has dtype {permutation.dtype}", "torch.int64 pixel indices", "Cast it with .long()."
+        )
     checks.check_rank(_OP, "orders", permutation, "(k, l)")
     if permutation.shape[0] != k:
         advice = "Give one row of pixel indices for each route of A."

@@ -87,9 +87,7 @@ def _backward(ctx: Any, grad_out: _Optional, grad_last_state: _Optional, _grad_c
     u = tensors[0]
     if grad_out is None:
         grad_out = u.new_zeros(u.shape, dtype=carries.dtype)
-    grads = torch.ops.mmvmamba.selective_scan_backward(
-        grad_out, grad_last_state, *tensors, ctx.delta_softplus, carries
-    )
+    grads = torch.ops.mmvmamba.selective_scan_backward(grad_out, grad_last_state, *tensors, ctx.delta_softplus, carries)
     wanted = (
         grad if needed and tensor is not None else None
         for grad, needed, tensor in zip(grads, ctx.needs_input_grad[:7], tensors, strict=True)
