@@ -36,7 +36,7 @@ def weights(tmp_path):
 @pytest.mark.parametrize("tool", ["train.py", "test.py"])
 def test_help_and_unknown_flags(tool):
     assert "--cfg-options" in _run(tool, "--help").stdout
-    for flag in ("--work-dirr", "--work", "--cfg-option"):
+    for flag in ("--work-dirr", "--work"):
         result = _run(tool, DET, *(["x.pth"] if tool == "test.py" else []), flag, "x")
         assert result.returncode == 2
         assert "unrecognized arguments" in result.stderr

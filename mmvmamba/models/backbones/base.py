@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError, nearest_spelling
+from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, OpInputError, nearest_spelling
 
 _NAMES_SHOWN = 10
 
@@ -184,7 +184,15 @@ class BaseBackbone(BaseModule):
             super().init_weights()
 
     def _load_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: str = "cpu") -> None:
-        content = CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location, logger="current")
+        try:
+            content = CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location, logger="current")
+        except ModuleNotFoundError as error:
+            # The official ImageNet files also pickle the training configuration, a class of the package yacs.
+            raise CheckpointError(
+                f"checkpoint {checkpoint!r} holds objects of the package {error.name!r}, which is not installed; "
+                "expected tensors. Where it is installed, save them alone: "
+                "torch.save({'model': checkpoint['model']}, FILE)."
+            ) from error
         state = content.get("state_dict", content.get("model", content))
         if prefix is not None:
             dot = prefix.rstrip(".") + "."

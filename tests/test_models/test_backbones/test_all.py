@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmvmamba.models  # noqa: F401 (fills the registry)
-from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError
+from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, OpInputError
 from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.registry import MODELS
 
@@ -164,6 +164,15 @@ def test_layer_depth(backbone):
     assert depths["patch_embed.0.weight"][0] == 0
     assert depths["outnorm0.weight"][0] == last
     assert model.get_layer_depth("head.fc.weight", "backbone.") == (last, last + 1)
+
+
+def test_checkpoint_with_foreign_objects_says_so(backbone, monkeypatch):
+    def load(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'yacs'", name="yacs")
+
+    monkeypatch.setattr("mmvmamba.models.backbones.base.CheckpointLoader.load_checkpoint", load)
+    with pytest.raises(CheckpointError, match=r"objects of the package 'yacs'.*save them alone"):
+        backbone("nano", init_cfg=dict(type="Pretrained", checkpoint="official.pth")).init_weights()
 
 
 def test_pretrained_weights_load_strictly(backbone, tmp_path):
