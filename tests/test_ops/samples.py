@@ -67,13 +67,13 @@ def _strided(value: Tensor, pick: random.Random) -> Tensor:
 
 
 def _dtypes(pick: random.Random) -> tuple[torch.dtype, torch.dtype]:
-    """(of the per-position tensors, of the parameters)"""
+    """Of the per-position tensors, and of the parameters."""
     dtype = pick.choice(DTYPES)
     return dtype, torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def selective_scan_sample(seed: int) -> Sample:
-    pick = random.Random(seed)
+    pick = random.Random(seed)  # noqa: S311
     generator = torch.Generator().manual_seed(seed)
     dtype, parameter_dtype = _dtypes(pick)
     b, groups, n = pick.randint(1, 4), pick.choice((1, 1, 2, 4)), pick.choice((1, 2, 4, 8, 16, 64))
@@ -112,7 +112,7 @@ def selective_scan_sample(seed: int) -> Sample:
 
 
 def scan2d_sample(seed: int) -> Sample:
-    pick = random.Random(10_000 + seed)
+    pick = random.Random(10_000 + seed)  # noqa: S311
     generator = torch.Generator().manual_seed(10_000 + seed)
     dtype, parameter_dtype = _dtypes(pick)
     b, n, r = pick.randint(1, 3), pick.choice((1, 1, 1, 2, 4, 16)), pick.choice((1, 2, 3, 6, 12, 24))

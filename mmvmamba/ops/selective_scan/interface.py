@@ -83,7 +83,7 @@ def selective_scan(
 
 
 def _with_group_axis(name: str, projection: Tensor) -> Tensor:
-    """(b, n, l) or (b, g, n, l) -> (b, g, n, l)"""
+    """Turn (b, n, l) or (b, g, n, l) into (b, g, n, l)."""
     checks.check_tensor(_OP, name, projection)
     if projection.dim() == 3:
         return projection.unsqueeze(1)
