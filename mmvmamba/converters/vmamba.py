@@ -210,16 +210,19 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 def _build_classifier(kwargs: dict[str, Any]) -> nn.Module:
     # Only this form needs MMPretrain.
+    from mmengine.registry import DefaultScope
     from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead
 
     options = _upstream_vssm(**kwargs)
     last = len(options["arch"].depths) - 1
-    head = LinearClsHead(kwargs.get("num_classes", _VSSM_DEFAULTS["num_classes"]), options["arch"].dims[-1])
-    return ImageClassifier(
-        backbone=VMamba(**options, out_indices=(last,)),
-        neck=GlobalAveragePooling(),
-        head=head,
-    )
+    num_classes = kwargs.get("num_classes", _VSSM_DEFAULTS["num_classes"])
+    # MMPretrain builds its loss and preprocessor by bare names, which a detector's scope would take for mmdet's.
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        return ImageClassifier(
+            backbone=VMamba(**options, out_indices=(last,)),
+            neck=GlobalAveragePooling(),
+            head=LinearClsHead(num_classes, options["arch"].dims[-1]),
+        )
 
 
 # ---------------------------------------------------------------- state dicts

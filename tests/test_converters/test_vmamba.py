@@ -146,3 +146,16 @@ def test_position_embedding_of_another_size_loads():
     model = from_upstream("vmamba", "backbone", {**SMALL, "out_indices": (0, 1), "posembed": True, "imgsize": 48})
     model.load_state_dict(convert_state_dict("vmamba", "backbone", state), strict=True)
     assert model.pos_embed.shape[2:] == (12, 12)
+
+
+def test_classifier_is_built_under_any_default_scope():
+    """MMPretrain's parts are found although the process works in mmdet's scope, and without any scope."""
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmpretrain")
+    from mmengine.registry import DefaultScope
+
+    for scope in ("mmdet", "mmseg", None):
+        with DefaultScope.overwrite_default_scope(scope):
+            model = from_upstream("vmamba", "classifier", dict(depths=[1, 1], dims=8, num_classes=3))
+            assert type(model.head.loss_module).__module__.startswith("mmpretrain.")
+            assert type(model.data_preprocessor).__module__.startswith("mmpretrain.")
