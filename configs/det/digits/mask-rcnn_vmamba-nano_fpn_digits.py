@@ -6,7 +6,7 @@ The backbone starts from the digits classifier (configs/cls/digits/vmamba-nano_d
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 
 data_root = "data/digits/"
-max_iters = 1600
+max_iters = 1300
 classes = tuple("0123456789")
 channels = 64
 strides = [4, 8, 16, 32]
@@ -111,13 +111,13 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=False, begin=50, end=max_iters),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=800)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=650)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=800, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=650, max_keep_ckpts=1),
 )
 log_processor = dict(window_size=20, by_epoch=False)
 custom_hooks = [dict(type="mmvmamba.PretrainedCheckHook")]
