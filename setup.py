@@ -218,9 +218,10 @@ def make_extension(options: Options) -> tuple[Extension, str | None]:
     """Describe the extension; returns it and the CUDA version it is built for (None: CPU only)."""
     import torch
 
-    home = find_cuda_home(os.environ) if options.cuda != "never" else None
     sources = source_files(ROOT)
     cuda_sources = [path for path in sources if path.suffix == ".cu"]
+    # A broken toolkit must not stop a build that has no use for one.
+    home = find_cuda_home(os.environ) if options.cuda != "never" and cuda_sources and torch.version.cuda else None
     cuda = wants_cuda(options, cuda_sources, torch.version.cuda, home)
     if cuda:
         # Before cpp_extension is imported, which looks for the toolkit once; without a list it asks the live GPU.
@@ -239,6 +240,7 @@ def make_extension(options: Options) -> tuple[Extension, str | None]:
         # The C functions of the stable ABI live in these; no C++ library of PyTorch is named on purpose.
         libraries=["torch_cpu", *(["torch_cuda", "cudart"] if cuda else [])],
         extra_compile_args=compile_args(options, windows=os.name == "nt"),
+        depends=[str(path.relative_to(ROOT)) for path in sources],  # headers too: most of the arithmetic is in them
         language="c++",
         # A free-threaded Python has no limited API (yet).
         py_limited_api=not sysconfig.get_config_var("Py_GIL_DISABLED"),

@@ -190,20 +190,22 @@ MMVMAMBA_INLINE void scan_chunk_backward(Scratch<T>& s, int64_t steps, int64_t s
   constexpr int64_t row = kMaxBlock<T>;
   VecMask<T> valid[NV] = {};
   make_mask<T, NV>(valid, width);
+  // Sums over positions are taken within the chunk first: long sequences then lose no precision.
+  V dD[NV] = {}, dbias[NV] = {};
   for (int64_t t = 0; t < steps; ++t)
     for (int v = 0; v < NV; ++v) {
       const int64_t at = t * row + v * kLanes<T>;
       const V dy = load(s.y + at);
       store<T>(s.du + at, load(s.D + v * kLanes<T>) * dy);
       store<T>(s.ddelta + at, V{});
-      store<T>(s.dD + v * kLanes<T>, load(s.dD + v * kLanes<T>) + dy * load(s.u + at));
+      dD[v] += dy * load(s.u + at);
     }
   for (int64_t n = 0; n < states; ++n) {
     V A[NV], q[NV], dA[NV];
     for (int v = 0; v < NV; ++v) {
       A[v] = load(s.A + n * row + v * kLanes<T>);
       q[v] = load(s.q + n * row + v * kLanes<T>);
-      dA[v] = load(s.dA + n * row + v * kLanes<T>);
+      dA[v] = V{};
       store<T>(s.before + v * kLanes<T>, load(s.h + n * row + v * kLanes<T>));
     }
     for (int64_t t = 0; t < steps; ++t) {
@@ -236,7 +238,7 @@ MMVMAMBA_INLINE void scan_chunk_backward(Scratch<T>& s, int64_t steps, int64_t s
     }
     for (int v = 0; v < NV; ++v) {
       store<T>(s.q + n * row + v * kLanes<T>, q[v]);
-      store<T>(s.dA + n * row + v * kLanes<T>, dA[v]);
+      store<T>(s.dA + n * row + v * kLanes<T>, load(s.dA + n * row + v * kLanes<T>) + dA[v]);
     }
   }
   for (int64_t t = 0; t < steps; ++t)
@@ -245,8 +247,12 @@ MMVMAMBA_INLINE void scan_chunk_backward(Scratch<T>& s, int64_t steps, int64_t s
       V ddelta = load(s.ddelta + at);
       if (use_softplus) ddelta *= load(s.slope + at);
       store<T>(s.ddelta + at, ddelta);
-      store<T>(s.dbias + v * kLanes<T>, load(s.dbias + v * kLanes<T>) + ddelta);
+      dbias[v] += ddelta;
     }
+  for (int v = 0; v < NV; ++v) {
+    store<T>(s.dD + v * kLanes<T>, load(s.dD + v * kLanes<T>) + dD[v]);
+    store<T>(s.dbias + v * kLanes<T>, load(s.dbias + v * kLanes<T>) + dbias[v]);
+  }
 }
 
 // Start the gradient sums of a task.

@@ -156,8 +156,12 @@ Gradients scan2d_backward(const Tensor& grad_out, const Tensor& x, const Tensor&
       x.scalar_type() == ScalarType::Double
           ? backward<double>(grad_out, {x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus}, carries)
           : backward<float>(grad_out, {x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus}, carries);
-  return {
-      as_gradient(dx, x), as_gradient(dprojections, projections), as_gradient(ddt_weight, dt_weight), ddt_bias, dA, dD};
+  return {as_gradient(dx, x),
+          as_gradient(dprojections, projections),
+          as_gradient(ddt_weight, dt_weight),
+          dt_bias ? as_gradient(ddt_bias, *dt_bias) : ddt_bias,
+          as_gradient(dA, A),
+          D ? as_gradient(dD, *D) : dD};
 }
 
 }  // namespace

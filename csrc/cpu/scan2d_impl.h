@@ -122,10 +122,10 @@ MMVMAMBA_INLINE void step_size_gradients(Scratch<T>& s, int64_t steps, int64_t r
     for (int v = 0; v < kVectors; ++v) store<T>(by_position + v * kLanes<T>, sum[v]);
     for (int64_t t = 0; t < steps; ++t) s.ddt[t * rank + r] = by_position[t];
     V dW[NV];
-    for (int v = 0; v < NV; ++v) dW[v] = load(s.dW + r * row + v * kLanes<T>);
+    for (int v = 0; v < NV; ++v) dW[v] = V{};
     for (int64_t t = 0; t < steps; ++t)
       for (int v = 0; v < NV; ++v) dW[v] += load(s.ddelta + t * row + v * kLanes<T>) * s.dt[t * rank + r];
-    for (int v = 0; v < NV; ++v) store<T>(s.dW + r * row + v * kLanes<T>, dW[v]);
+    for (int v = 0; v < NV; ++v) store<T>(s.dW + r * row + v * kLanes<T>, load(s.dW + r * row + v * kLanes<T>) + dW[v]);
   }
 }
 

@@ -128,7 +128,13 @@ Gradients selective_scan_backward(const Tensor& grad_out, const std::optional<Te
       u.scalar_type() == ScalarType::Double
           ? backward<double>(grad_out, grad_last_state, {u, delta, A, B, C, D, delta_bias, delta_softplus}, carries)
           : backward<float>(grad_out, grad_last_state, {u, delta, A, B, C, D, delta_bias, delta_softplus}, carries);
-  return {as_gradient(du, u), as_gradient(ddelta, delta), dA, as_gradient(dB, B), as_gradient(dC, C), dD, dbias};
+  return {as_gradient(du, u),
+          as_gradient(ddelta, delta),
+          as_gradient(dA, A),
+          as_gradient(dB, B),
+          as_gradient(dC, C),
+          D ? as_gradient(dD, *D) : dD,
+          delta_bias ? as_gradient(dbias, *delta_bias) : dbias};
 }
 
 }  // namespace

@@ -7,6 +7,8 @@ compared before the file is opened: a library that does not fit is reported, nev
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.util
 import json
 import platform
@@ -27,10 +29,8 @@ class Stamp:
 
     version: str
     torch_min: str
-    torch_built: str
     machine: str
-    cuda: str | None
-    cuda_archs: tuple[str, ...]
+    sources_sha256: str
 
 
 def read_stamp(path: Path) -> Stamp:
@@ -40,17 +40,21 @@ def read_stamp(path: Path) -> Stamp:
         ValueError: The file is not a stamp.
     """
     fields = json.loads(path.read_text())
-    try:
-        return Stamp(
-            version=fields["version"],
-            torch_min=fields["torch_min"],
-            torch_built=fields["torch_built"],
-            machine=fields["machine"],
-            cuda=fields["cuda"],
-            cuda_archs=tuple(fields["cuda_archs"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a build stamp: {error!r}") from error
+    wanted = [field.name for field in dataclasses.fields(Stamp)]
+    if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in wanted):
+        raise ValueError(f"expected the texts {', '.join(wanted)}, found {fields!r}")
+    return Stamp(**{name: fields[name] for name in wanted})
+
+
+def sources_sha256(root: Path) -> str | None:
+    """Hash names and contents of the kernels' sources as ``setup.py`` does; None where there is no source tree."""
+    suffixes = (".cpp", ".cu", ".h", ".cuh")
+    if not (root / "setup.py").is_file() or not (root / "csrc").is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in (root / "csrc").rglob("*") if path.suffix in suffixes):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def stamp_problem(stamp: Stamp) -> str | None:
@@ -63,6 +67,9 @@ def stamp_problem(stamp: Stamp) -> str | None:
         return (
             f"the extension needs torch >= {stamp.torch_min}, this is {torch.__version__}: upgrade torch or {REBUILD}"
         )
+    sources = sources_sha256(Path(__file__).parents[2])
+    if sources is not None and sources != stamp.sources_sha256:
+        return "the sources in csrc changed since the extension was built: run 'python setup.py build_ext --inplace'"
     return None
 
 
@@ -81,7 +88,7 @@ def _load() -> str | None:
         return f"the extension {spec.origin} has no stamp {STAMP_NAME} beside it: {REBUILD}"
     try:
         problem = stamp_problem(read_stamp(stamp_path))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return f"the stamp of the extension cannot be read ({error}): {REBUILD}"
     if problem is not None:
         return problem

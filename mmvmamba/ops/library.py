@@ -2,7 +2,9 @@
 
 They are declared in Python, so they exist without a build: kernels of ``csrc/`` attach themselves to these names
 when the library is loaded, and where none is attached the plain PyTorch kernel registered by
-`register_fallback` runs. PyTorch compares these schemas with the C++ signatures at load time.
+`register_fallback` runs. Kernels of the stable ABI carry no schema of their own, so nothing compares the two: whoever
+changes a schema changes ``csrc/cpu/<op>.cpp`` in the same commit, and in a source tree the loader refuses a library
+built from other sources (`mmvmamba.ops.extension`).
 """
 
 from __future__ import annotations
