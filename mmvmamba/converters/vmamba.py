@@ -250,6 +250,10 @@ _OLD_TRUNK = (
     Rule(rf"({_BLOCK})self_attention\.((?:out_norm\.(?:weight|bias))|{_OP})", r"\1op.\2"),
 )
 _OUT_NORM = Rule(rf"(outnorm\d+\.{_AFFINE})", r"\1")
+_PARAMETERS = ("x_proj_weight", "A_logs", "Ds", "dt_projs_weight", "dt_projs_bias")
+_OP_ORDER = (*_PARAMETERS, "out_norm", "in_proj", "conv2d", "out_proj")
+_VANILLA_OP_ORDER = (*_PARAMETERS, "in_proj", "conv2d", "out_norm", "out_proj")
+_DOWNSAMPLE_ORDER = ("reduction", "norm")
 _HEAD_OF_CLASSIFIER = r"(?:classifier\.(?:norm|head)|norm|head)\..*"
 
 
@@ -278,13 +282,32 @@ def _read(form: str, state_dict: Mapping[str, Tensor], fill_out_norms: Sequence[
 
 def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
     if form == "backbone":
-        return rename(state_dict, (*_TRUNK, _OUT_NORM), "our VMamba feature extractor")
+        return _in_upstream_order(rename(state_dict, (*_TRUNK, _OUT_NORM), "our VMamba feature extractor"))
     rules = [
         Rule(rf"backbone\.outnorm\d+\.({_AFFINE})", r"classifier.norm.\1"),
         Rule(r"head\.fc\.(weight|bias)", r"classifier.head.\1"),
         *(Rule(rf"backbone\.{rule.pattern}", rule.target) for rule in _TRUNK),
     ]
-    return rename(state_dict, rules, "our VMamba classifier")
+    return _in_upstream_order(rename(state_dict, rules, "our VMamba classifier"))
+
+
+def _in_upstream_order(state_dict: StateDict) -> StateDict:
+    """Sort the entries inside each scan and each patch merging as upstream registers them; the rest keeps its place."""
+    # Only the first generation (forward type v0, without MLPs) registers its out norm after the convolution.
+    in_op = _OP_ORDER if any(".mlp." in name for name in state_dict) else _VANILLA_OP_ORDER
+    places: dict[str, int] = {}
+
+    def place(item: tuple[int, str]) -> tuple[int, int]:
+        index, name = item
+        for infix, order in ((".op.", in_op), (".downsample.", _DOWNSAMPLE_ORDER)):
+            head, found, tail = name.partition(infix)
+            child = tail.split(".")[0]
+            if found and child in order:
+                return places.setdefault(head + infix, index), order.index(child)
+        return index, 0
+
+    ordered = sorted(enumerate(state_dict), key=place)
+    return {name: state_dict[name] for _, name in ordered}
 
 
 def _without_head(state_dict: Mapping[str, Tensor]) -> StateDict:
