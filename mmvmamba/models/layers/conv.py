@@ -8,9 +8,12 @@ from torch.nn import functional as F
 
 def pad_to_kernel(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Zero-pad ``x`` (b, c, h, w) at the right and bottom where ``conv`` could not be applied even once."""
-    if any(conv.padding):
+    if isinstance(conv.padding, str):  # "same" and "valid" are not used here; the former always fits
         return x
-    below, right = (max(0, kernel - size) for kernel, size in zip(conv.kernel_size, x.shape[2:], strict=True))
+    below, right = (
+        max(0, kernel - size - 2 * padding)
+        for kernel, size, padding in zip(conv.kernel_size, x.shape[2:], conv.padding, strict=True)
+    )
     return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
@@ -18,8 +21,8 @@ class ChannelsLastConv2d(nn.Conv2d):
     """``nn.Conv2d`` that maps (b, h, w, c) to (b, h', w', c').
 
     The permuted view is a tensor of PyTorch's channels-last memory format, which its convolutions keep, so that
-    neither permutation moves data. A map smaller than an unpadded kernel is padded with zeros at the right and
-    bottom up to the kernel; every other size follows the usual formula.
+    neither permutation moves data. A map that is smaller than the kernel even with the convolution's own padding is
+    padded with zeros at the right and bottom up to the kernel; every other size follows the usual formula.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -44,6 +44,21 @@ def test_rounding_down_stems_work_at_every_size(size):
         expected = [max(1, n // 2) for n in expected]
 
 
+@pytest.mark.parametrize("downsample", ["patch_merging", "conv2x2", "conv3x3"])
+@pytest.mark.parametrize(
+    ("stem", "patch_size"),
+    [("patchify", size) for size in (1, 2, 3, 4, 5, 8, 16)] + [("overlapping", size) for size in (2, 4, 6, 8, 16)],
+)
+def test_the_smallest_images_work_with_every_stem(stem, patch_size, downsample):
+    arch = dict(dims=[8, 8], depths=[1, 1], mlp_ratio=0.0, patch_embed=stem, downsample=downsample)
+    model = VMamba(arch, out_indices=(0, 1), patch_size=patch_size).eval()
+    for size in ((1, 1), (1, 2), (3, 1), (2, 2), (3, 3), (2, 40)):
+        with torch.no_grad():
+            for out in model(torch.randn(1, 3, *size)):
+                assert out.isfinite().all()
+                assert min(out.shape[2:]) >= 1
+
+
 def test_position_embedding_is_added_and_resized():
     model = VMamba("nano", pos_embed_size=(8, 8)).eval()
     bare = VMamba("nano").eval()
