@@ -2,11 +2,12 @@
 
 Called by ``make install`` and, through it, by every other make target. Needs nothing but the standard library, and only
 syntax of Python 3.7, so that an old ``python3`` can still start it and is told what to install. What was done is noted
-in ``.venv/mmvmamba-setup.json``; a second call compares hashes and returns at once.
+in ``.venv/mmvmamba-setup.json``; a second call compares it with what is there and returns at once. A ``.venv`` that was
+made in another folder or with another interpreter is made anew, because paths of both are written into it.
 
 | variable | meaning |
 |---|---|
-| ``MMVMAMBA_PYTHON`` | the interpreter to build ``.venv`` with, instead of the first suitable one on PATH |
+| ``MMVMAMBA_PYTHON`` | the interpreter ``.venv`` must have, instead of the present one or the first suitable on PATH |
 | ``MAX_JOBS`` | compilations at the same time; default: all cores, as far as memory allows |
 """
 
@@ -47,7 +48,19 @@ for name in ("venv", "ensurepip"):
     except ImportError:
         missing.append(name)
 header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
-print(json.dumps({"version": list(sys.version_info[:3]), "missing": missing, "header": os.path.isfile(header)}))
+print(json.dumps({
+    "version": list(sys.version_info[:3]),
+    "home": os.path.realpath(sys.base_prefix),
+    # not one inside a virtual environment, which may be the .venv that is about to be cleared
+    "executable": getattr(sys, "_base_executable", None) or sys.executable,
+    "missing": missing,
+    "header": os.path.isfile(header),
+}))
+"""
+# The same facts as `Interpreter.identity`, of the Python in .venv; without site, whose .pth files may be slow.
+IDENTITY = """
+import os, sys
+print("{}.{} in {}".format(*sys.version_info[:2], os.path.realpath(sys.base_prefix)))
 """
 
 
@@ -60,6 +73,12 @@ class Interpreter(NamedTuple):
 
     path: str
     version: tuple[int, ...]
+    home: str
+
+    @property
+    def identity(self) -> str:
+        """What must not change under a virtual environment made with it (a bug-fix release may)."""
+        return "{}.{} in {}".format(*self.version[:2], self.home)
 
 
 def say(step: int, text: str) -> None:
@@ -92,7 +111,7 @@ def probe(command: str) -> tuple[Interpreter | None, str | None]:
         return None, "{} has no {}: apt-get install {}-venv".format(name, " and no ".join(facts["missing"]), minor)
     if not facts["header"]:
         return None, "{} has no Python.h, which compiling needs: apt-get install {}-dev".format(name, minor)
-    return Interpreter(path, version), None
+    return Interpreter(facts["executable"], version, facts["home"]), None
 
 
 def find_python(chosen: str | None) -> Interpreter:
@@ -164,11 +183,32 @@ def hash_files(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def wanted_state() -> dict[str, str]:
-    """The hashes under which the two halves of the set-up need not be repeated."""
+def venv_identity(venv: Path) -> str:
+    """`Interpreter.identity` of the Python in ``venv``; empty where it cannot be started."""
+    try:
+        answer = subprocess.run(
+            [str(venv / "bin" / "python"), "-I", "-S", "-c", IDENTITY],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            universal_newlines=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def wanted_state(identity: str) -> dict[str, str]:
+    """What must be noted as done for the set-up not to be repeated.
+
+    Args:
+        identity: `Interpreter.identity` of the Python that ``.venv`` shall have.
+    """
     csrc = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     build = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "mmvmamba" / "version.py"]
     return {
+        "folder": str(ROOT),
+        "python": identity,
         "environment": hash_files([ROOT / "requirements" / "lock.txt"]),
         "extension": hash_files([*csrc, *build]),
     }
@@ -179,8 +219,6 @@ def read_state(venv: Path) -> dict[str, str]:
     try:
         state = json.loads((venv / "mmvmamba-setup.json").read_text())
     except (OSError, ValueError):
-        return {}
-    if not (venv / "bin" / "python").exists():
         return {}
     package = ROOT / "mmvmamba"
     if not ((package / "_C.json").is_file() and any(package.glob("_C.*.so"))):
@@ -193,6 +231,26 @@ def note_state(venv: Path, state: dict[str, str]) -> None:
     draft = venv / "mmvmamba-setup.json.new"
     draft.write_text(json.dumps(state, indent=2) + "\n")
     draft.replace(venv / "mmvmamba-setup.json")
+
+
+def outdated(venv: Path, present: str, done: dict[str, str], wanted: dict[str, str]) -> str | None:
+    """Return why ``venv`` cannot be brought up to date in place, or None.
+
+    Args:
+        present: `venv_identity` of it.
+        done: What is noted in it; nothing is, where somebody else made it.
+        wanted: What shall be noted.
+    """
+    if not present:
+        return "its Python cannot be started"
+    if not (venv / "bin" / "pip").exists():  # comes last when a virtual environment is made
+        return "it is not complete"
+    if done.get("folder", wanted["folder"]) != wanted["folder"]:
+        return "it was made in {}".format(done["folder"])
+    for python in (done.get("python", present), present):
+        if python != wanted["python"]:
+            return "it was made with Python {}, wanted is {}".format(python, wanted["python"])
+    return None
 
 
 # --- the work ------------------------------------------------------------------------------------------------------
@@ -266,17 +324,23 @@ def cuda_environment(torch_cuda: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def install_environment(venv: Path, interpreter: Interpreter, log: Path) -> None:
-    """Steps 2 to 5: the virtual environment with every package of the lock file."""
+def make_environment(venv: Path, interpreter: Interpreter, log: Path) -> None:
+    """Step 2, first half: an empty virtual environment; one that is there is deleted."""
+    say(2, "creating {} with {}".format(venv, interpreter.path))
+    run_logged(2, [interpreter.path, "-m", "venv", "--clear", str(venv)], log, {})
+    # At once, so that an interrupted set-up goes on in this environment.
+    note_state(venv, {"folder": str(ROOT), "python": interpreter.identity})
+
+
+def install_environment(venv: Path, log: Path) -> None:
+    """Steps 2 to 5: every package of the lock file; what is there in another version is replaced."""
     lock = str(ROOT / "requirements" / "lock.txt")
     python = str(venv / "bin" / "python")
     path = {"PATH": "{}{}{}".format(venv / "bin", os.pathsep, os.environ.get("PATH", ""))}
     jobs = compile_jobs(os.environ)
     pip = [python, "-m", "pip", "install", "--no-build-isolation", "--constraint", lock]
 
-    say(2, "creating {} with {} and its build tools".format(venv, interpreter.path))
-    if not (venv / "bin" / "python").exists():
-        run_logged(2, [interpreter.path, "-m", "venv", "--clear", str(venv)], log, {})
+    say(2, "installing the build tools")
     run_logged(2, [*pip[:4], "--constraint", lock, "pip", "setuptools", "wheel", "ninja", "psutil"], log, path)
     say(3, "installing PyTorch (about 3 GB to fetch the first time)")
     run_logged(3, [*pip, "torch", "torchvision"], log, path)
@@ -319,22 +383,33 @@ def set_up(venv: Path) -> None:
     Raises:
         SetupError: Something is missing or failed.
     """
-    wanted = wanted_state()
+    chosen = os.environ.get("MMVMAMBA_PYTHON", "").strip()
+    interpreter = find_python(chosen) if chosen else None
+    present = venv_identity(venv)
+    wanted = wanted_state(interpreter.identity if interpreter else present)
     done = read_state(venv)
-    if all(done.get(key) == value for key, value in wanted.items()):
+    reason = outdated(venv, present, done, wanted)
+    if reason is None and all(done.get(key) == value for key, value in wanted.items()):
         return
     start = time.monotonic()
     say(1, "checking Python, compiler and disk")
     check_compiler()
     log = ROOT / ".setup.log"
+    log.write_text("")
+    if reason is not None:
+        interpreter = interpreter or find_python(None)
+        wanted = wanted_state(interpreter.identity)
+        done = {}
     if done.get("environment") != wanted["environment"]:
-        interpreter = find_python(os.environ.get("MMVMAMBA_PYTHON", "").strip() or None)
         if not list(venv.glob("lib/*/site-packages/torch")):
             check_disk(ROOT, NEED_GB)
             check_disk(Path(tempfile.gettempdir()), NEED_TEMP_GB)
-        log.write_text("")
-        install_environment(venv, interpreter, log)
-        note_state(venv, {"environment": wanted["environment"]})
+        if interpreter is not None and reason is not None:
+            if venv.exists():
+                say(2, "{} is made anew: {}".format(venv, reason))
+            make_environment(venv, interpreter, log)
+        install_environment(venv, log)
+        note_state(venv, {key: wanted[key] for key in ("folder", "python", "environment")})
     install_package(venv, log)
     note_state(venv, wanted)
     say(6, "done in {:.0f} s".format(time.monotonic() - start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,15 @@ from tests.test_install.test_setup_options import write_command
 
 def fake_python(folder: Path, name: str, version: tuple[int, ...], missing: tuple[str, ...] = (), header: bool = True):
     """A command that answers the probe with these facts."""
-    facts = json.dumps({"version": list(version), "missing": list(missing), "header": header})
+    facts = json.dumps(
+        {
+            "version": list(version),
+            "home": "/usr",
+            "executable": str(folder / name),
+            "missing": list(missing),
+            "header": header,
+        }
+    )
     return write_command(folder, name, f"echo '{facts}'\n")
 
 
@@ -29,9 +38,9 @@ def test_the_first_suitable_python_is_taken(bootstrap, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     fake_python(tmp_path, "python3.12", (3, 12, 1))
     write_command(tmp_path, "python3.11", "echo 'pyenv: python3.11: command not found' >&2; exit 127\n")
-    assert bootstrap.find_python(None) == (str(tmp_path / "python3.12"), (3, 12, 1))
+    assert bootstrap.find_python(None) == (str(tmp_path / "python3.12"), (3, 12, 1), "/usr")
     fake_python(tmp_path, "python3.11", (3, 11, 7))
-    assert bootstrap.find_python(None) == (str(tmp_path / "python3.11"), (3, 11, 7))
+    assert bootstrap.find_python(None) == (str(tmp_path / "python3.11"), (3, 11, 7), "/usr")
 
 
 @pytest.mark.parametrize(
@@ -135,14 +144,38 @@ def checkout(bootstrap, tmp_path, monkeypatch):
         "csrc/a.cpp": "1",
         "mmvmamba/_C.json": "{}",
         "mmvmamba/_C.abi3.so": "",
-        ".venv/bin/python": "",
+        ".venv/bin/pip": "",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+    write_command(tmp_path / ".venv" / "bin", "python", "echo 3.11 in /usr\n")
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
-    bootstrap.note_state(tmp_path / ".venv", bootstrap.wanted_state())
+    monkeypatch.delenv("MMVMAMBA_PYTHON", raising=False)
+    bootstrap.note_state(tmp_path / ".venv", bootstrap.wanted_state("3.11 in /usr"))
     return tmp_path
+
+
+@pytest.fixture
+def calls(bootstrap, checkout, monkeypatch):
+    """The large steps that a set-up takes, by name; they do nothing."""
+    taken = []
+
+    def make_environment(venv, interpreter, log):
+        taken.append("new")
+        write_command(venv / "bin", "python", f"echo {interpreter.identity}\n")
+
+    interpreters = {None: ("python3.11", (3, 11, 7)), "python3.11": ("python3.11", (3, 11, 9))}
+    interpreters["python3.12"] = ("python3.12", (3, 12, 1))
+    monkeypatch.setattr(
+        bootstrap, "find_python", lambda chosen: bootstrap.Interpreter(*interpreters[chosen], home="/usr")
+    )
+    monkeypatch.setattr(bootstrap, "check_disk", lambda place, need: None)
+    monkeypatch.setattr(bootstrap, "check_compiler", lambda: None)
+    monkeypatch.setattr(bootstrap, "make_environment", make_environment)
+    monkeypatch.setattr(bootstrap, "install_environment", lambda *args: taken.append("environment"))
+    monkeypatch.setattr(bootstrap, "install_package", lambda *args: taken.append("extension"))
+    return taken
 
 
 @pytest.mark.parametrize(
@@ -156,16 +189,11 @@ def checkout(bootstrap, tmp_path, monkeypatch):
         ("README.md", set()),
     ],
 )
-def test_only_what_changed_is_done_again(bootstrap, checkout, monkeypatch, change, stale):
+def test_only_what_changed_is_done_again(bootstrap, checkout, calls, change, stale):
     if change is not None:
         (checkout / change).write_text("changed")
-    done, wanted = bootstrap.read_state(checkout / ".venv"), bootstrap.wanted_state()
+    done, wanted = bootstrap.read_state(checkout / ".venv"), bootstrap.wanted_state("3.11 in /usr")
     assert {key for key in wanted if done.get(key) != wanted[key]} == stale
-    calls = []
-    monkeypatch.setattr(bootstrap, "find_python", lambda chosen: None)
-    monkeypatch.setattr(bootstrap, "check_disk", lambda place, need: None)
-    monkeypatch.setattr(bootstrap, "install_environment", lambda *args: calls.append("environment"))
-    monkeypatch.setattr(bootstrap, "install_package", lambda *args: calls.append("extension"))
     bootstrap.set_up(checkout / ".venv")
     assert calls == (["environment", "extension"] if "environment" in stale else sorted(stale))
     calls.clear()
@@ -173,12 +201,74 @@ def test_only_what_changed_is_done_again(bootstrap, checkout, monkeypatch, chang
     assert calls == []
 
 
+def test_a_moved_checkout_gets_a_new_environment(bootstrap, checkout, calls, tmp_path_factory, monkeypatch, capsys):
+    """Installed scripts and the editable install name the old folder, which may still be there."""
+    moved = tmp_path_factory.mktemp("moved") / "copy"
+    shutil.copytree(checkout, moved)
+    monkeypatch.setattr(bootstrap, "ROOT", moved)
+    bootstrap.set_up(moved / ".venv")
+    assert calls == ["new", "environment", "extension"]
+    assert f"{moved / '.venv'} is made anew: it was made in {checkout}\n" in capsys.readouterr().out
+    calls.clear()
+    bootstrap.set_up(moved / ".venv")
+    assert calls == []
+
+
+def test_another_chosen_python_gets_a_new_environment(bootstrap, checkout, calls, monkeypatch, capsys):
+    monkeypatch.setenv("MMVMAMBA_PYTHON", "python3.11")  # only a later bug-fix release
+    bootstrap.set_up(checkout / ".venv")
+    assert calls == []
+    monkeypatch.setenv("MMVMAMBA_PYTHON", "python3.12")
+    bootstrap.set_up(checkout / ".venv")
+    assert calls == ["new", "environment", "extension"]
+    said = capsys.readouterr().out
+    assert "is made anew: it was made with Python 3.11 in /usr, wanted is 3.12 in /usr\n" in said
+    calls.clear()
+    monkeypatch.delenv("MMVMAMBA_PYTHON")  # without a wish the one at hand is kept
+    bootstrap.set_up(checkout / ".venv")
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("python", "pip", "reason"),
+    [
+        ("echo 3.13 in /usr\n", True, "it was made with Python 3.11 in /usr, wanted is 3.13 in /usr"),
+        ("exit 127\n", True, "its Python cannot be started"),
+        ("echo 3.11 in /usr\n", False, "it is not complete"),
+    ],
+    ids=["replaced-by-the-system", "broken", "interrupted"],
+)
+def test_a_broken_environment_is_made_anew(bootstrap, checkout, calls, capsys, python, pip, reason):
+    write_command(checkout / ".venv" / "bin", "python", python)
+    if not pip:
+        (checkout / ".venv" / "bin" / "pip").unlink()
+    bootstrap.set_up(checkout / ".venv")
+    assert calls == ["new", "environment", "extension"]
+    assert f"is made anew: {reason}\n" in capsys.readouterr().out
+
+
+def test_an_interrupted_set_up_goes_on_in_its_environment(bootstrap, checkout, calls):
+    bootstrap.note_state(checkout / ".venv", {"folder": str(checkout), "python": "3.11 in /usr"})
+    bootstrap.set_up(checkout / ".venv")
+    assert calls == ["environment", "extension"]
+
+
+def test_the_identity_of_an_environment_is_that_of_its_interpreter(bootstrap, tmp_path):
+    """Asked in two ways: before a virtual environment is made, and of the one made."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
+    interpreter, _ = bootstrap.probe(sys.executable)
+    assert bootstrap.venv_identity(tmp_path) == interpreter.identity
+    assert not Path(interpreter.path).is_relative_to(Path(sys.prefix)) or sys.prefix == sys.base_prefix
+    assert bootstrap.venv_identity(tmp_path / "nothing") == ""
+
+
 @pytest.mark.parametrize(
     ("remove", "left"),
     [
-        ("mmvmamba/_C.abi3.so", {"environment"}),
-        ("mmvmamba/_C.json", {"environment"}),
-        (".venv/bin/python", set()),
+        ("mmvmamba/_C.abi3.so", {"folder", "python", "environment"}),
+        ("mmvmamba/_C.json", {"folder", "python", "environment"}),
         (".venv/mmvmamba-setup.json", set()),
     ],
 )
@@ -192,13 +282,24 @@ def test_a_broken_note_is_no_note(bootstrap, checkout):
     assert bootstrap.read_state(checkout / ".venv") == {}
 
 
-def test_the_command_ends_with_one_line_and_exit_code_1(root, tmp_path):
-    """A whole run where no suitable Python exists; the checkout is a copy, so nothing here is touched."""
+@pytest.mark.parametrize(
+    ("version", "header", "message"),
+    [
+        ((3, 9, 2), True, r"is older than Python 3\.10: apt-get install .*"),
+        ((3, 11, 2), False, r"has no Python\.h, which compiling needs: apt-get install python3\.11-dev"),
+    ],
+    ids=["too-old", "no-headers"],
+)
+def test_the_command_ends_with_one_line_and_exit_code_1(root, tmp_path, version, header, message):
+    """A whole run where no suitable Python exists: it ends before anything is made or fetched.
+
+    The checkout is a copy, so nothing here is touched.
+    """
     for name in ("scripts/bootstrap.py", "requirements/lock.txt", "setup.py", "pyproject.toml", "mmvmamba/version.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((root / name).read_bytes())
     commands = tmp_path / "commands"
-    fake_python(commands, "python3", (3, 9, 2))
+    fake_python(commands, "python3", version, header=header)
     write_command(commands, "g++", "exit 0\n")
     answer = subprocess.run(
         [sys.executable, str(tmp_path / "scripts" / "bootstrap.py")],
@@ -208,7 +309,7 @@ def test_the_command_ends_with_one_line_and_exit_code_1(root, tmp_path):
         check=False,
     )
     assert answer.returncode == 1
-    assert re.fullmatch(r"mmvmamba setup: .*is older than Python 3\.10: apt-get install .*\n", answer.stderr)
+    assert re.fullmatch(rf"mmvmamba setup: .*{message}\n", answer.stderr)
     assert not (tmp_path / ".venv").exists()
 
 
