@@ -2,8 +2,9 @@
 
 Everything else about the package stands in pyproject.toml. The kernels are registered with PyTorch's dispatcher
 through the LibTorch stable ABI, so nothing here ties the binary to the PyTorch it is built with. No network, no GPU
-and no CUDA toolkit are needed. Where the extension cannot be built, the package installs without it and uses the
-plain PyTorch path; one message says so (pip shows it with ``-v``).
+and no CUDA toolkit are needed. Build isolation (plain ``pip install .``) hides PyTorch; it is then looked for beside
+pip, so that no second one is downloaded. Where the extension cannot be built, the package installs without it and uses
+the plain PyTorch path; one message says so (pip shows it with ``-v``).
 
 Environment variables read here, and nowhere else:
 
@@ -11,7 +12,7 @@ Environment variables read here, and nowhere else:
 |---|---|---|
 | ``MMVMAMBA_BUILD`` | ``auto`` (default), ``0``, ``1`` | the extension: if it can be built, never, required |
 | ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | the CUDA kernels: if they can be built, never, required |
-| ``TORCH_CUDA_ARCH_LIST`` | e.g. ``8.0;9.0+PTX`` | GPU generations of the CUDA kernels; a live GPU is never asked |
+| ``TORCH_CUDA_ARCH_LIST`` | e.g. ``8.0;9.0+PTX`` | GPU generations, also by name (``Hopper``); no live GPU is asked |
 | ``MAX_JOBS`` | a number >= 1 | compilations at the same time (needs ninja) |
 | ``DEBUG`` | ``0`` (default), ``1`` | ``1``: no optimisation, debug symbols, asserts on |
 """
@@ -19,6 +20,8 @@ Environment variables read here, and nowhere else:
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -28,7 +31,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,9 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 PYTHON_TAG = "cp310"  # must agree with requires-python in pyproject.toml
 SETUPTOOLS_MIN = 77  # the first that reads the licence fields of pyproject.toml
 DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;9.0+PTX"
+# PyTorch's own names of generations, which its BuildExtension replaces by numbers.
+CUDA_ARCH_NAMES = "Kepler|Maxwell|Pascal|Volta|Turing|Ampere|Ada|Hopper|Blackwell"
+NVCC_SECONDS = 60  # it answers in well under a second; the rest is for a slow network disk
 SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 
 
@@ -57,7 +63,7 @@ class Options:
 
     build: str  # "auto" | "never" | "always"
     cuda: str  # "auto" | "never" | "always"
-    cuda_archs: tuple[str, ...]
+    cuda_archs: str  # as it stands in the environment: who builds no CUDA kernels may have anything there
     max_jobs: int | None
     debug: bool
 
@@ -81,21 +87,31 @@ def read_options(env: Mapping[str, str]) -> Options:
     return Options(
         build=_choice(env, "MMVMAMBA_BUILD", {"auto": "auto", "0": "never", "1": "always"}, "auto"),
         cuda=_choice(env, "MMVMAMBA_WITH_CUDA", {"auto": "auto", "0": "never", "1": "always"}, "auto"),
-        cuda_archs=parse_cuda_archs(env.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_CUDA_ARCHS),
+        cuda_archs=env.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_CUDA_ARCHS,
         max_jobs=int(jobs) if jobs else None,
         debug=_choice(env, "DEBUG", {"0": False, "1": True}, "0"),
     )
 
 
 def parse_cuda_archs(text: str) -> tuple[str, ...]:
-    """``"8.0;9.0+PTX"`` (or separated by spaces or commas) -> ``("8.0", "9.0+PTX")``."""
-    archs = tuple(part for part in re.split(r"[;,\s]+", text) if part)
-    for arch in archs:
-        if not re.fullmatch(r"\d{1,2}\.\d[af]?(\+PTX)?", arch):
+    """``"8.0;Hopper"`` (or separated by spaces or commas) -> ``("8.0", "Hopper")``.
+
+    ``All`` and ``Common``, which PyTorch's own build knows and its BuildExtension refuses, mean our default list.
+
+    Raises:
+        OptionError: A part is neither a number nor a name of a generation.
+    """
+    archs: list[str] = []
+    for arch in filter(None, re.split(r"[;,\s]+", text)):
+        if arch in ("All", "Common"):
+            archs += DEFAULT_CUDA_ARCHS.split(";")
+        elif re.fullmatch(rf"\d{{1,2}}\.\d[af]?(\+PTX)?|({CUDA_ARCH_NAMES})(\+Tegra|\+Tesla)?", arch):
+            archs.append(arch)
+        else:
             raise OptionError(
                 f"TORCH_CUDA_ARCH_LIST={text!r}: {arch!r} is not a GPU generation; write them like '8.0;9.0+PTX'"
             )
-    return archs
+    return tuple(dict.fromkeys(archs))
 
 
 def find_cuda_home(env: Mapping[str, str]) -> Path | None:
@@ -114,9 +130,12 @@ def find_cuda_home(env: Mapping[str, str]) -> Path | None:
     nvcc = shutil.which("nvcc", path=env.get("PATH"))
     if nvcc is None:
         return None
-    answer = subprocess.run(
-        [nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, timeout=60, check=False, env=dict(env)
-    )
+    try:
+        answer = subprocess.run(
+            [nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, timeout=NVCC_SECONDS, check=False, env=dict(env)
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # an nvcc that cannot even say where it lives compiles nothing
     found = re.search(r"^#\$ TOP=(.+)$", answer.stdout + answer.stderr, re.MULTILINE)
     if found is None or not Path(found[1].strip()).is_dir():
         return None
@@ -186,19 +205,46 @@ def compiler_problem(env: Mapping[str, str]) -> str | None:
     return None
 
 
+def reveal_torch(places: Iterable[str]) -> str | None:
+    """Make PyTorch importable where build isolation hides it.
+
+    In pip's isolated builds `sysconfig` still names the folders of the environment that pip itself belongs to. The
+    one with PyTorch goes to the end of ``sys.path``, so that the build tools remain those chosen by pip.
+
+    Args:
+        places: Folders to look in, the best first.
+
+    Returns:
+        The folder that was added, None where nothing had to be or could be done.
+    """
+    if importlib.util.find_spec("torch") is not None:
+        return None
+    for place in places:
+        if place not in sys.path and (Path(place) / "torch" / "__init__.py").is_file():
+            sys.path.append(place)
+            importlib.invalidate_caches()
+            return place
+    return None
+
+
 def torch_problem() -> str | None:
     """Return why the PyTorch at hand cannot be built against, or None."""
+    place = reveal_torch([sysconfig.get_path("platlib"), sysconfig.get_path("purelib")])
     try:
         import torch
     except ImportError as error:
         return (
             f"PyTorch cannot be imported in the build environment ({error}): install torch >= {TORCH_MIN} and "
-            "repeat with 'pip install --no-build-isolation .' (without this option pip hides the installed torch)"
+            "repeat with 'pip install --no-build-isolation .' (without this option the installed torch may be hidden)"
         )
+    except OSError as error:
+        return f"the installed PyTorch cannot be loaded ({error}): install torch >= {TORCH_MIN} again"
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < tuple(
         map(int, TORCH_MIN.split("."))
     ):
         return f"PyTorch {torch.__version__} is older than {TORCH_MIN}: upgrade torch"
+    if place is not None:
+        print(f"mmvmamba: building with PyTorch {torch.__version__} of {place}", file=sys.stderr)
     return None
 
 
@@ -214,19 +260,33 @@ def give_up(options: Options, problem: str) -> None:
     )
 
 
+def find_cuda(options: Options, cuda_sources: list[Path], torch_cuda: str | None) -> Path | None:
+    """Return the toolkit to build the CUDA kernels with, None to build without them; see `wants_cuda`."""
+    home, problem = None, "no CUDA toolkit was found"
+    # A broken toolkit must not stop a build that has no use for one.
+    if options.cuda != "never" and cuda_sources and torch_cuda is not None:
+        try:
+            home = find_cuda_home(os.environ)
+        except OptionError as error:
+            if options.cuda == "always":
+                raise
+            problem = str(error)
+        if home is None and options.cuda == "auto":
+            print(f"mmvmamba: building WITHOUT the CUDA kernels: {problem}", file=sys.stderr)
+    return home if wants_cuda(options, cuda_sources, torch_cuda, home) else None
+
+
 def make_extension(options: Options) -> tuple[Extension, str | None]:
     """Describe the extension; returns it and the CUDA version it is built for (None: CPU only)."""
     import torch
 
     sources = source_files(ROOT)
-    cuda_sources = [path for path in sources if path.suffix == ".cu"]
-    # A broken toolkit must not stop a build that has no use for one.
-    home = find_cuda_home(os.environ) if options.cuda != "never" and cuda_sources and torch.version.cuda else None
-    cuda = wants_cuda(options, cuda_sources, torch.version.cuda, home)
+    home = find_cuda(options, [path for path in sources if path.suffix == ".cu"], torch.version.cuda)
+    cuda = home is not None
     if cuda:
         # Before cpp_extension is imported, which looks for the toolkit once; without a list it asks the live GPU.
         os.environ["CUDA_HOME"] = str(home)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(options.cuda_archs)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(parse_cuda_archs(options.cuda_archs))
     if options.max_jobs is not None:
         os.environ["MAX_JOBS"] = str(options.max_jobs)
     from torch.utils import cpp_extension
@@ -258,7 +318,7 @@ def make_stamp(version: str, options: Options, cuda: str | None) -> dict[str, An
         "torch_built": torch.__version__.split("+")[0],
         "machine": platform.machine(),
         "cuda": cuda,
-        "cuda_archs": list(options.cuda_archs) if cuda else [],
+        "cuda_archs": list(parse_cuda_archs(options.cuda_archs)) if cuda else [],
         "sources_sha256": sources_sha256(ROOT),
     }
 

@@ -24,7 +24,7 @@ def write_command(folder: Path, name: str, text: str) -> Path:
 def test_defaults(setup_py):
     options = setup_py.read_options({})
     assert (options.build, options.cuda, options.max_jobs, options.debug) == ("auto", "auto", None, False)
-    assert options.cuda_archs == ("7.5", "8.0", "8.6", "9.0+PTX")
+    assert setup_py.parse_cuda_archs(options.cuda_archs) == ("7.5", "8.0", "8.6", "9.0+PTX")
 
 
 def test_every_option_is_read(setup_py):
@@ -37,7 +37,7 @@ def test_every_option_is_read(setup_py):
     }
     options = setup_py.read_options(env)
     assert (options.build, options.cuda, options.max_jobs, options.debug) == ("always", "never", 3, True)
-    assert options.cuda_archs == ("8.0", "9.0a", "12.0+PTX")
+    assert setup_py.parse_cuda_archs(options.cuda_archs) == ("8.0", "9.0a", "12.0+PTX")
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,24 @@ def test_every_option_is_read(setup_py):
         ("MAX_JOBS", "0", ">= 1"),
         ("MAX_JOBS", "-1", ">= 1"),
         ("MAX_JOBS", "many", ">= 1"),
-        ("TORCH_CUDA_ARCH_LIST", "sm_90", "'8.0;9.0\\+PTX'"),
-        ("TORCH_CUDA_ARCH_LIST", "8.0;Hopper", "'Hopper'"),
     ],
 )
 def test_an_unknown_value_names_the_variable_and_what_is_allowed(setup_py, name, value, allowed):
     with pytest.raises(setup_py.OptionError, match=f"{name}='{value}'.*{allowed}"):
         setup_py.read_options({name: value})
+
+
+def test_gpu_generations_have_names_too(setup_py):
+    assert setup_py.parse_cuda_archs("Ampere+Tegra, Hopper;Blackwell") == ("Ampere+Tegra", "Hopper", "Blackwell")
+    assert setup_py.parse_cuda_archs("All") == ("7.5", "8.0", "8.6", "9.0+PTX")
+    assert setup_py.parse_cuda_archs("Common;8.0;12.0") == ("7.5", "8.0", "8.6", "9.0+PTX", "12.0")
+
+
+@pytest.mark.parametrize("text", ["sm_90", "8.0;hoper", "8"])
+def test_an_unknown_gpu_generation_is_named_when_cuda_is_built(setup_py, text):
+    options = setup_py.read_options({"TORCH_CUDA_ARCH_LIST": text})  # nobody builds CUDA kernels yet
+    with pytest.raises(setup_py.OptionError, match=f"TORCH_CUDA_ARCH_LIST='{text}'.*is not a GPU generation.*8.0;9.0"):
+        setup_py.parse_cuda_archs(options.cuda_archs)
 
 
 def test_cuda_home_is_what_nvcc_says_not_where_it_lies(setup_py, tmp_path):
@@ -71,6 +82,29 @@ def test_cuda_home_is_what_nvcc_says_not_where_it_lies(setup_py, tmp_path):
 def test_an_nvcc_that_does_not_say_is_no_toolkit(setup_py, tmp_path, output):
     write_command(tmp_path, "nvcc", output + "\n")
     assert setup_py.find_cuda_home({"PATH": f"{tmp_path}{os.pathsep}/usr/bin:/bin"}) is None
+
+
+def test_an_nvcc_that_hangs_or_cannot_start_is_no_toolkit(setup_py, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_py, "NVCC_SECONDS", 0.2)
+    nvcc = write_command(tmp_path, "nvcc", "exec sleep 5\n")
+    env = {"PATH": f"{tmp_path}{os.pathsep}/usr/bin:/bin"}
+    assert setup_py.find_cuda_home(env) is None
+    nvcc.write_text("#!/no/such/interpreter\n")
+    assert setup_py.find_cuda_home(env) is None
+
+
+def test_a_cuda_home_without_a_toolkit_costs_only_the_cuda_kernels(setup_py, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    sources = [Path("csrc/cuda/a.cu")]
+    assert setup_py.find_cuda(setup_py.read_options({}), sources, "13.0") is None
+    assert "WITHOUT the CUDA kernels: CUDA_HOME=" in capsys.readouterr().err
+    with pytest.raises(setup_py.OptionError, match="CUDA_HOME=.*has no bin/nvcc"):
+        setup_py.find_cuda(setup_py.read_options({"MMVMAMBA_WITH_CUDA": "1"}), sources, "13.0")
+    for quiet, files in (({"MMVMAMBA_WITH_CUDA": "0"}, sources), ({}, [])):
+        assert setup_py.find_cuda(setup_py.read_options(quiet), files, "13.0") is None
+    assert capsys.readouterr().err == ""
+    write_command(tmp_path / "bin", "nvcc", "exit 0\n")
+    assert setup_py.find_cuda(setup_py.read_options({}), sources, "13.0") == tmp_path
 
 
 def test_no_nvcc_is_no_toolkit(setup_py, tmp_path):
@@ -132,6 +166,54 @@ def test_a_missing_compiler_is_named(setup_py, tmp_path):
     assert "apt-get install g++" in problem
     write_command(tmp_path, "my-c++", "exit 0\n")
     assert setup_py.compiler_problem({"PATH": str(tmp_path), "CXX": "my-c++ -pthread"}) is None
+
+
+@pytest.fixture
+def hidden_torch(monkeypatch):
+    """Modules and search path as in an isolated build: the torch of this environment cannot be imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch"]:
+        monkeypatch.delitem(sys.modules, name)
+    kept = [place for place in sys.path if not (Path(place) / "torch" / "__init__.py").is_file()]
+    monkeypatch.setattr(sys, "path", kept)
+    yield
+    sys.modules.pop("torch", None)  # a fake one; monkeypatch puts the real one back
+
+
+def fake_torch(folder: Path, text: str) -> str:
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text(text)
+    return str(folder)
+
+
+def test_a_torch_hidden_by_build_isolation_is_found(setup_py, tmp_path, monkeypatch, hidden_torch, capsys):
+    empty, outer = str(tmp_path / "empty"), fake_torch(tmp_path / "outer", "__version__ = '2.10.3+cpu'\n")
+    monkeypatch.setattr(setup_py.sysconfig, "get_path", {"platlib": empty, "purelib": outer}.__getitem__)
+    assert setup_py.torch_problem() is None
+    assert sys.path[-1] == outer  # behind the build tools that pip chose
+    assert f"building with PyTorch 2.10.3+cpu of {outer}\n" in capsys.readouterr().err
+    assert setup_py.reveal_torch([empty, outer]) is None  # nothing is hidden any more
+    assert sys.path.count(outer) == 1
+
+
+def test_without_any_torch_the_message_says_what_to_do(setup_py, tmp_path, monkeypatch, hidden_torch):
+    monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda name: str(tmp_path))
+    path = list(sys.path)
+    assert re.search(r"install torch >= 2\.10 and repeat with 'pip install --no-build-isol", setup_py.torch_problem())
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("__version__ = '2.9.1'", r"PyTorch 2\.9\.1 is older than 2\.10: upgrade torch"),
+        ("raise OSError('libtorch_cpu.so: no such file')", r"cannot be loaded \(libtorch_cpu\.so: no such file\)"),
+    ],
+    ids=["old", "broken"],
+)
+def test_a_torch_that_cannot_be_used_is_named(setup_py, tmp_path, monkeypatch, hidden_torch, text, message):
+    outer = fake_torch(tmp_path, text)
+    monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda name: outer)
+    assert re.search(message, setup_py.torch_problem())
 
 
 def test_going_on_without_the_extension_is_said_once(setup_py, capsys):
