@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import _load_checkpoint
 from torch import Tensor, nn
 
 from mmvmamba.errors import CheckpointMismatch
+from mmvmamba.models.backbones.base import BaseBackbone
+from mmvmamba.models.pretrained import read_weights, split_init_cfg
 from mmvmamba.registry import HOOKS
 
 
@@ -18,13 +19,14 @@ from mmvmamba.registry import HOOKS
 class PretrainedCheckHook(Hook):
     """Compare every module that has a ``Pretrained`` init_cfg with its checkpoint before the first iteration.
 
-    MMEngine loads such a checkpoint with ``strict=False``: names that do not match are one line in the log, and the
+    Our own backbones load strictly by themselves, and this hook confirms that nothing has overwritten the weights
+    since. MMEngine loads the checkpoints of all other modules with ``strict=False``: names that do not match are one line in the log, and the
     training starts from random weights. This hook raises instead. A resumed training, or one with ``load_from``, has
     other weights on purpose and is not checked.
 
     Args:
-        allow_missing: Beginnings of parameter names that the checkpoint may lack. A classifier has no output norms
-            of the earlier stages, hence the default.
+        allow_missing: Beginnings of parameter names that the checkpoint may lack; if it lacks one of them, none is
+            taken from it. A classifier has no output norms of the earlier stages, hence the default.
     """
 
     priority = "VERY_HIGH"
@@ -44,28 +46,31 @@ class PretrainedCheckHook(Hook):
         if runner._resume or runner._load_from:
             return
         for name, module in runner.model.named_modules():
-            init_cfg = getattr(module, "init_cfg", None)
-            if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
-                runner.logger.info(self._check(name or "model", module, init_cfg))
+            pretrained, _ = split_init_cfg(getattr(module, "init_cfg", None))
+            for entry in pretrained:
+                runner.logger.info(self._check(name or "model", module, entry["checkpoint"], entry.get("prefix")))
 
-    def _check(self, name: str, module: nn.Module, init_cfg: dict) -> str:
-        path, prefix = init_cfg["checkpoint"], init_cfg.get("prefix")
-        stored = checkpoint_tensors(path, prefix)
+    def _check(self, name: str, module: nn.Module, path: str, prefix: str | None) -> str:
+        stored = module.read_pretrained(path, prefix) if isinstance(module, BaseBackbone) else read_weights(path, prefix)
         problems: list[str] = []
-        fresh: list[str] = []
-        loaded = 0
         own = module.state_dict()
+        optional = [key for key in own if key.startswith(self.allow_missing)]
+        fresh = [] if all(key in stored for key in optional) else optional
+        loaded = 0
         for key, tensor in own.items():
+            if key in fresh:
+                continue
             if key not in stored:
-                (fresh if key.startswith(self.allow_missing) else problems).append(f"{key} is not in the checkpoint")
-            elif stored[key].shape != tensor.shape:
-                problems.append(f"{key} is {tuple(stored[key].shape)} there, {tuple(tensor.shape)} here")
-            elif not torch.equal(stored[key].to(tensor), tensor):
+                problems.append(f"{key} is not in the checkpoint")
+            elif (value := _as_linear(stored[key], tensor)).shape != tensor.shape:
+                problems.append(f"{key} is {tuple(value.shape)} there, {tuple(tensor.shape)} here")
+            elif not torch.equal(value.to(tensor), tensor):
                 problems.append(f"{key} differs from the checkpoint")
             else:
                 loaded += 1
         if prefix:
-            problems += [f"{key} is not in the model" for key in stored if key not in own]
+            unused = [key for key in stored if key not in own and not key.startswith(self.allow_missing)]
+            problems += [f"{key} is not in the model" for key in unused]
         if problems:
             listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise CheckpointMismatch(
@@ -75,11 +80,6 @@ class PretrainedCheckHook(Hook):
         return f"{name}: {loaded} tensors loaded from {path}, {len(fresh)} start fresh"
 
 
-def checkpoint_tensors(path: str, prefix: str | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under ``prefix`` (a module name, with or without the dot), without that prefix."""
-    content = _load_checkpoint(path, map_location="cpu")
-    state = content.get("state_dict", content.get("model", content))
-    if not prefix:
-        return dict(state)
-    start = prefix if prefix.endswith(".") else f"{prefix}."
-    return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
+def _as_linear(stored: Tensor, own: Tensor) -> Tensor:
+    """Return the weight of a 1x1 convolution as that of the linear map it is loaded into."""
+    return stored.flatten(1) if stored.ndim == 4 and own.ndim == 2 and stored.shape[2:] == (1, 1) else stored

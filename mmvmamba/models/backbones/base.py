@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, OpInputError, nearest_spelling
+from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError, nearest_spelling
+from mmvmamba.models.pretrained import read_weights, split_init_cfg
 
 _NAMES_SHOWN = 10
+_OUT_NORM = re.compile(r"outnorm\d+\.")
 
 
 class BaseBackbone(BaseModule):
@@ -39,7 +42,7 @@ class BaseBackbone(BaseModule):
         with_cp: Whether blocks are recomputed in the backward pass to save memory. Batch norms inside a block
             then see every training batch twice.
         init_cfg: MMEngine's initialisation; ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``
-            loads weights and raises when they do not fit.
+            loads weights and raises when they do not fit; see ``read_pretrained`` for the out norms.
 
     Raises:
         ConfigError: If ``out_indices`` or ``frozen_stages`` is impossible.
@@ -49,6 +52,8 @@ class BaseBackbone(BaseModule):
     stem_names: tuple[str, ...] = ("patch_embed",)
     #: Entries of a classifier's checkpoint that a feature extractor leaves out, by name.
     classifier_prefixes: tuple[str, ...] = ("classifier.", "head.")
+    #: Names of earlier releases: pairs of a regular expression and its replacement, applied in order.
+    old_names: tuple[tuple[str, str], ...] = ()
 
     layers: nn.ModuleList
 
@@ -175,49 +180,82 @@ class BaseBackbone(BaseModule):
         return sum(self.depths[: stage + 1]), num_depths
 
     def init_weights(self) -> None:
-        """Load ``init_cfg`` of type Pretrained strictly; every other ``init_cfg`` is MMEngine's business."""
-        cfg = self.init_cfg
-        if isinstance(cfg, dict) and cfg.get("type") == "Pretrained":
-            self._load_pretrained(**{key: value for key, value in cfg.items() if key != "type"})
-            self._is_init = True
-        else:
-            super().init_weights()
+        """Load every Pretrained entry of ``init_cfg`` strictly; all others are MMEngine's business and come first.
 
-    def _load_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: str = "cpu") -> None:
-        try:
-            content = CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location, logger="current")
-        except ModuleNotFoundError as error:
-            # The official ImageNet files also pickle the training configuration, a class of the package yacs.
-            raise CheckpointError(
-                f"checkpoint {checkpoint!r} holds objects of the package {error.name!r}, which is not installed; "
-                "expected tensors. Where it is installed, save them alone: "
-                "torch.save({'model': checkpoint['model']}, FILE)."
-            ) from error
-        state = content.get("state_dict", content.get("model", content))
-        if prefix is not None:
-            dot = prefix.rstrip(".") + "."
-            state = {key[len(dot) :]: value for key, value in state.items() if key.startswith(dot)}
-        state = {key: value for key, value in state.items() if not key.startswith(self.classifier_prefixes)}
+        Raises:
+            ConfigError: If a Pretrained entry has an unknown key or no checkpoint.
+            CheckpointError: If a checkpoint cannot be read, or (``CheckpointMismatch``) does not fit.
+        """
+        pretrained, others = split_init_cfg(self.init_cfg)
+        if self.is_init or not pretrained:
+            super().init_weights()
+            return
+        if others:
+            whole, self.init_cfg = self.init_cfg, others
+            try:
+                super().init_weights()
+            finally:
+                self.init_cfg = whole
+        for entry in pretrained:
+            self._load_pretrained(**entry)
+        self._is_init = True
+
+    def read_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu") -> dict[str, Tensor]:
+        """Return the entries that this backbone takes from a checkpoint, under its own names.
+
+        The head of a classifier is left out by name (``classifier_prefixes``), names of old releases become the
+        present ones (``old_names``). Out norms are taken if there is one for each of ``out_indices``; otherwise
+        none is, and all keep their initial weight 1 and bias 0: official classifiers have no out norms, and the
+        final norm of a classifier trained here (``outnorm3``) was not trained to feed a detector's neck.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+            CheckpointMismatch: If an entry is missing or unexpected.
+        """
+        source = f"checkpoint {checkpoint!r} (prefix={prefix!r})"
+        state = self._rename_old(source, read_weights(checkpoint, prefix, map_location))
         own = self.state_dict()
-        # An ImageNet classifier has no norms on the outputs; they then keep their initial weight 1 and bias 0.
-        missing = [key for key in own if key not in state and not key.startswith("outnorm")]
-        unexpected = [key for key in state if key not in own and not key.startswith("outnorm")]
+        own_norms = {key for key in own if _OUT_NORM.match(key)}
+        fields = {key.split(".", 1)[1] for key in own_norms}
+        possible_norms = {f"outnorm{i}.{field}" for i in range(len(self.depths)) for field in fields}
+        missing = [key for key in own if key not in state and key not in own_norms]
+        unexpected = [key for key in state if key not in own and key not in possible_norms]
         if missing or unexpected:
             raise CheckpointMismatch(
-                f"checkpoint {checkpoint!r} (prefix={prefix!r}) does not fit {type(self).__name__}: "
+                f"{source} does not fit {type(self).__name__}: "
                 f"{len(missing)} of {len(own)} entries missing {missing[:_NAMES_SHOWN]}, "
                 f"{len(unexpected)} unexpected {unexpected[:_NAMES_SHOWN]}. Check arch and prefix, or convert the "
                 "checkpoint with mmvmamba.converters."
             )
+        take_norms = own_norms <= state.keys()
+        return {key: state[key] for key in own if key in state and (take_norms or key not in own_norms)}
+
+    def _rename_old(self, source: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        renamed: dict[str, Tensor] = {}
+        for key, value in state.items():
+            name = key
+            for pattern, replacement in self.old_names:
+                name = re.sub(pattern, replacement, name)
+            if name in renamed:
+                raise CheckpointMismatch(
+                    f"{source}: two entries are called {name!r} today, the second is {key!r}; expected each once. "
+                    "The checkpoint mixes old and new names: remove one of them."
+                )
+            renamed[name] = value
+        return {key: value for key, value in renamed.items() if not key.startswith(self.classifier_prefixes)}
+
+    def _load_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu") -> None:
+        state = self.read_pretrained(checkpoint, prefix, map_location)
         try:
-            result = self.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+            self.load_state_dict(state, strict=False)
         except RuntimeError as error:
             raise CheckpointMismatch(
                 f"checkpoint {checkpoint!r} (prefix={prefix!r}) does not fit {type(self).__name__}: {error}. "
                 "Check arch and in_channels."
             ) from error
-        loaded = len(own) - len(result.missing_keys)
-        print_log(f"{type(self).__name__}: loaded {loaded}/{len(own)} entries from {checkpoint}", logger="current")
+        total = len(self.state_dict())
+        fresh = "" if len(state) == total else "; the out norms start at weight 1 and bias 0"
+        print_log(f"{type(self).__name__}: loaded {len(state)}/{total} entries from {checkpoint}{fresh}", logger="current")
 
 
 def check_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:

@@ -246,6 +246,13 @@ class VMamba(BaseBackbone):
     """
 
     stem_names = ("patch_embed", "pos_embed")
+    old_names = (
+        (r"^patch_embed\.proj\.", "patch_embed.0."),
+        (r"^patch_embed\.norm\.", "patch_embed.2."),
+        (r"\.ln_1\.", ".norm."),
+        (r"\.self_attention\.", ".op."),
+        (r"^norm\.", "classifier.norm."),
+    )
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmvmamba.errors import ConfigError
+from mmvmamba.errors import CheckpointMismatch, ConfigError
 from mmvmamba.models import VMamba
 from mmvmamba.models.backbones.vmamba import ARCHS, VMambaArch
 
@@ -112,3 +112,33 @@ def test_equal_stages_without_downsampling():
 def test_arch_object_is_accepted():
     arch = VMambaArch(dims=(8,), depths=(1,))
     assert VMamba(arch, out_indices=(0,)).arch is arch
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["present names", "old names"])
+def test_official_classifiers_load_by_init_cfg(old, tmp_path):
+    """Their head is dropped, their linear maps may be 1x1 convolutions, their out norms start afresh."""
+    arch = dict(dims=[8, 16], depths=[1, 1], patch_embed="patchify", downsample="patch_merging")
+    source = VMamba(arch, out_indices=(0, 1))
+    state = {key: value for key, value in source.state_dict().items() if not key.startswith("outnorm")}
+    official = {
+        key: value[:, :, None, None] if key.endswith(("proj.weight", "fc1.weight", "fc2.weight")) else value
+        for key, value in state.items()
+    }
+    head = {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16), "head.weight": torch.ones(5, 16)}
+    if old:
+        for new_name, old_name in (("patch_embed.0", "patch_embed.proj"), ("patch_embed.2", "patch_embed.norm"),
+                                   (".op.", ".self_attention."), ("blocks.0.norm.", "blocks.0.ln_1.")):  # fmt: skip
+            official = {key.replace(new_name, old_name): value for key, value in official.items()}
+        assert not set(official) <= set(state)
+    else:
+        head = {f"classifier.{key}": value for key, value in head.items()}
+    torch.save({"model": {**official, **head}}, tmp_path / "official.pth")
+    init = dict(type="Pretrained", checkpoint=str(tmp_path / "official.pth"))
+    model = VMamba(arch, out_indices=(0, 1), init_cfg=init)
+    model.init_weights()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert torch.equal(model.outnorm1.weight, torch.ones(16))
+    if old:
+        torch.save({**official, **state}, tmp_path / "official.pth")
+        with pytest.raises(CheckpointMismatch, match="mixes old and new names"):
+            model.read_pretrained(init["checkpoint"])
