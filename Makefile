@@ -7,7 +7,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: help install demo test test-gpu lint format bench clean
 
 help:
-	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first)"
+	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first);"
+	@echo "               needs, on Debian: apt-get install python3 python3-venv python3-dev g++ make"
 	@echo "make demo      train, test and draw a VMamba classifier, detector and segmentor (QUICK=1: a short run)"
 	@echo "make test      all tests that need no GPU"
 	@echo "make test-gpu  the tests that need a CUDA GPU"

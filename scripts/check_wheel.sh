@@ -5,7 +5,8 @@
 #   scripts/check_wheel.sh [torch requirement] [python]
 #   scripts/check_wheel.sh torch==2.13.0 python3.12
 #
-# The wheel is built with BUILD_PYTHON (default: .venv/bin/python, as made by `make install`).
+# The wheel is built by plain `pip wheel .`, in pip's isolated environment, with the PyTorch of BUILD_PYTHON (default:
+# .venv/bin/python, as made by `make install`).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 torch_requirement=${1:-torch==2.13.0}
@@ -17,7 +18,7 @@ trap 'rm -rf "$work"' EXIT
 
 echo "[wheel 1/4] building with $build_python"
 MMVMAMBA_BUILD=1 PATH="$(dirname "$build_python"):$PATH" \
-  "$build_python" -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir "$work"
+  "$build_python" -m pip wheel . --quiet --no-deps --wheel-dir "$work"
 wheel=$(ls "$work"/*.whl)
 basename "$wheel"
 

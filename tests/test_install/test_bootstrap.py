@@ -313,6 +313,16 @@ def test_the_command_ends_with_one_line_and_exit_code_1(root, tmp_path, version,
     assert not (tmp_path / ".venv").exists()
 
 
+def test_ci_fails_where_one_of_its_commands_does(root, tmp_path):
+    for failing, called in (("lint", "lint\n"), ("test", "lint\ntest\n"), ("nothing", "lint\ntest\n")):
+        log = tmp_path / failing
+        write_command(tmp_path, "make", f'echo "$1" >> {log}\n[ "$1" != {failing} ]\n')
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        answer = subprocess.run([str(root / ".ci" / "run")], env=environment, check=False)
+        assert (answer.returncode != 0) == (failing != "nothing")
+        assert log.read_text() == called
+
+
 def test_every_line_of_the_lock_is_exact(root):
     pattern = re.compile(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.!+-]+( ; .+)?")
     lines = [line for line in (root / "requirements" / "lock.txt").read_text().splitlines() if line[:1] != "#"]
