@@ -50,9 +50,11 @@ def interleave(contestants: Mapping[str, Callable[[], object]], seconds: float, 
 def environment() -> dict[str, object]:
     """What a result depends on."""
     git = shutil.which("git")
-    command = [git or "git", "rev-parse", "--short", "HEAD"]
+    command = [git or "git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout if git else ""  # noqa: S603
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    cpu = [line for line in lines if line.startswith("model name")]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit.strip() or None,

@@ -3,6 +3,7 @@
 | variable | values | meaning |
 |---|---|---|
 | ``MMVMAMBA_BACKEND`` | ``auto`` (default) or a backend name | backend of every operator call with ``backend=None`` |
+| ``RANK`` | set by torchrun | warnings that concern all processes alike come from rank 0 only |
 
 Variables read while building (``MMVMAMBA_WITH_CUDA`` and so on) belong to ``setup.py`` and are listed there.
 """
@@ -16,3 +17,8 @@ def requested_backend() -> str | None:
     """Return the backend named by ``MMVMAMBA_BACKEND``, or None for the automatic choice."""
     value = os.environ.get("MMVMAMBA_BACKEND", "").strip()
     return None if value in ("", "auto") else value
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that speaks for a distributed job."""
+    return os.environ.get("RANK", "0") == "0"

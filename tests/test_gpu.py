@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmvmamba.ops import scan2d, selective_scan
-from mmvmamba.testing import FORWARD_BOUND, STREAM_GRAD_BOUND, assert_close
-from tests.test_ops.samples import scan2d_sample, selective_scan_sample
+from mmvmamba.testing import FORWARD_BOUND, PARAMETER_GRAD_BOUND, STREAM_GRAD_BOUND, assert_close
+from tests.test_ops.samples import MAKERS
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +18,7 @@ def _needs_a_gpu() -> None:
         pytest.fail("these tests need a CUDA GPU and a torch built for it; run them on such a machine")
 
 
-@pytest.mark.parametrize("make", [selective_scan_sample, scan2d_sample], ids=["selective_scan", "scan2d"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("seed", range(20))
 def test_operators_on_device_tensors(make, seed: int) -> None:
     """The automatic choice on CUDA tensors gives the numbers of the float64 reference on the CPU."""
@@ -37,9 +37,9 @@ def test_operators_on_device_tensors(make, seed: int) -> None:
     wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     grads = torch.autograd.grad(out, list(wanted.values()), weights)
     assert_close("out", out.cpu(), expected_out, FORWARD_BOUND[sample.dtype])
-    for (name, _), grad in zip(wanted.items(), grads, strict=True):
-        if name in sample.streams:
-            assert_close(f"gradient of {name}", grad.cpu(), expected[name], STREAM_GRAD_BOUND[sample.dtype])
+    for name, grad in zip(wanted, grads, strict=True):
+        bounds = STREAM_GRAD_BOUND if name in sample.streams else PARAMETER_GRAD_BOUND
+        assert_close(f"gradient of {name}", grad.cpu(), expected[name], bounds[sample.dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

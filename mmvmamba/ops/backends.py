@@ -10,10 +10,11 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from mmvmamba.envs import requested_backend
+from mmvmamba.envs import is_first_rank, requested_backend
 from mmvmamba.errors import BackendError, ConfigError, nearest_spelling
 from mmvmamba.ops import extension
 
@@ -29,7 +30,21 @@ class BackendStatus:
     reason: str
 
 
-_default: str | None = requested_backend()
+class Choice(NamedTuple):
+    """The backend to run, and whether it was asked for by name."""
+
+    name: str
+    pinned: bool
+
+
+class _Default(NamedTuple):
+    """What calls with ``backend=None`` use, and who said so."""
+
+    name: str | None
+    origin: str
+
+
+_default = _Default(requested_backend(), "the environment variable MMVMAMBA_BACKEND")
 _warned = False
 
 
@@ -38,7 +53,10 @@ def why_not_compiled(device_type: str) -> str | None:
     if not extension.HAS_EXTENSION:
         return extension.EXTENSION_PROBLEM
     if device_type != "cpu":
-        return f"this version has compiled kernels for cpu only, the tensors are on {device_type}"
+        return (
+            f"this version has compiled kernels for the CPU only and the tensors are on {device_type}; move model and "
+            "data to the CPU to use them"
+        )
     return None
 
 
@@ -55,16 +73,20 @@ def available_backends(device: str | torch.device = "cpu") -> dict[str, BackendS
     }
 
 
-def check_backend_name(name: str) -> str:
+def check_backend_name(name: str, origin: str = "the argument backend") -> str:
     """Return ``name`` if it is a backend.
+
+    Args:
+        name: What was asked for.
+        origin: Where, for the message.
 
     Raises:
         ConfigError: It is not.
     """
     if name not in BACKENDS:
         raise ConfigError(
-            f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)} or None for the automatic choice."
-            f"{nearest_spelling(name, BACKENDS)}"
+            f"unknown backend {name!r} in {origin}; expected one of {', '.join(BACKENDS)}, or nothing for the "
+            f"automatic choice.{nearest_spelling(name, BACKENDS)}"
         )
     return name
 
@@ -83,14 +105,15 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     global _default
     before = _default
-    _default = None if name is None else check_backend_name(name)
+    origin = "use_backend"
+    _default = _Default(None if name is None else check_backend_name(name, origin), origin)
     try:
         yield
     finally:
         _default = before
 
 
-def choose_backend(name: str | None, device_type: str) -> str:
+def choose_backend(name: str | None, device_type: str) -> Choice:
     """Return the backend to run.
 
     Args:
@@ -101,28 +124,36 @@ def choose_backend(name: str | None, device_type: str) -> str:
         ConfigError: The name is unknown.
         BackendError: The named backend cannot run; the message gives the reason.
     """
-    name = _default if name is None else name
+    origin = "the argument backend"
+    if name is None:
+        name, origin = _default
     problem = why_not_compiled(device_type)
     if name is None:
         if problem is None:
-            return "compiled"
-        _warn_once(problem)
-        return "reference"
-    if check_backend_name(name) == "compiled" and problem is not None:
-        raise BackendError(f"backend 'compiled' was asked for by name and cannot run: {problem}")
-    return name
+            return Choice("compiled", False)
+        warn_of_fallback(device_type)
+        return Choice("reference", False)
+    if check_backend_name(name, origin) == "compiled" and problem is not None:
+        raise BackendError(f"backend 'compiled' was asked for by {origin} and cannot run: {problem}")
+    return Choice(name, True)
 
 
-def _warn_once(problem: str) -> None:
-    """Tell the user once per process that the slow path is in use."""
+def warn_of_fallback(device_type: str) -> None:
+    """Tell the user, once per process and on rank 0 only, that the plain PyTorch path is in use."""
     global _warned
-    # A trace must neither warn nor change module state.
-    if _warned or torch.compiler.is_compiling():
+    # A trace must neither warn nor change module state; the kernel that runs later warns. Meta tensors compute nothing.
+    if _warned or torch.compiler.is_compiling() or device_type == "meta":
         return
     _warned = True
+    if not is_first_rank():
+        return
+    cost = (
+        "on a CPU the operator is 4 to 40 times slower than compiled (python -m benchmarks.ops, VMamba-T at 224x224)"
+        if device_type == "cpu"
+        else "it launches several small operations per position, so expect it to be slow"
+    )
     warnings.warn(
         "mmvmamba falls back to its plain PyTorch scan ('reference' backend), which walks over the positions in "
-        "Python: on a CPU the operator is 4 to 40 times slower than compiled (python -m benchmarks.ops, VMamba-T at "
-        f"224x224). Reason and cure: {problem}",
-        stacklevel=4,
+        f"Python: {cost}. Reason and cure: {why_not_compiled(device_type)}",
+        stacklevel=5,
     )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from mmvmamba.errors import OpInputError
+from mmvmamba.errors import BackendError, OpInputError
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 STREAM_DTYPES = (torch.float32, *LOW_PRECISION)
 OUT_DTYPES = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
-def fail(op: str, argument: str, found: object, expected: object, advice: str) -> None:
+def fail(op: str, argument: str, found: object, expected: object, advice: str) -> NoReturn:
     """Raise the `OpInputError` of one bad argument."""
     raise OpInputError(f"{op}: argument '{argument}' {found}; expected {expected}. {advice}")
 
@@ -23,6 +25,14 @@ def check_tensor(op: str, argument: str, value: object) -> None:
     """Refuse anything that is not a dense tensor."""
     if not isinstance(value, Tensor):
         fail(op, argument, f"is a {type(value).__name__}", "a torch.Tensor", "Convert it with torch.as_tensor.")
+    elif value.layout != torch.strided:
+        fail(op, argument, f"has layout {value.layout}", "a dense tensor (torch.strided)", "Call .to_dense() first.")
+
+
+def check_flag(op: str, argument: str, value: object) -> None:
+    """Refuse anything that is not True or False."""
+    if not isinstance(value, bool):
+        fail(op, argument, f"is {value!r}", "True or False", "Pass a bool.")
 
 
 def check_rank(op: str, argument: str, value: Tensor, names: str) -> None:
@@ -71,6 +81,24 @@ def check_devices(op: str, tensors: Mapping[str, Tensor | None]) -> None:
         if value is not None and value.device != reference.device:
             fail(op, name, f"is on {value.device}", f"{reference.device}, where '{first}' is",
                  f"Move it with .to('{reference.device}').")  # fmt: skip
+
+
+def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether forward-mode differentiation runs through one of the tensors.
+
+    The dispatcher operators know reverse mode only, and would return a zero tangent without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def refuse_forward_mode(op: str, backend: str) -> None:
+    """Raise the `BackendError` of a compiled operator asked for forward-mode derivatives."""
+    raise BackendError(
+        f"{op}: backend {backend!r} was asked for by name and has no forward-mode derivative; leave the backend out or "
+        "pass backend='reference'"
+    )
 
 
 def check_out_dtype(op: str, out_dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmvmamba.ops import BIDIRECTIONAL_SCAN, CROSS_SCAN, UNIDIRECTIONAL_SCAN, ScanOrder, scan2d, selective_scan
 
 Op = Callable[..., Tensor]
+HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Lengths around the kernel's chunk (32) and vector widths, and odd ones.
 LENGTHS = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 97, 128, 257, 1023, 4097)
@@ -32,14 +33,20 @@ class Sample:
     def run(self, backend: str | None, tensors: dict[str, Tensor | None] | None = None) -> Tensor:
         return self.op(**(self.tensors if tensors is None else tensors), **self.options, backend=backend)
 
-    def gradients(self, backend: str | None, double: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and all gradients, for a fixed random gradient of the output; in float64 if ``double``."""
+    def gradients(
+        self, backend: str | None, double: bool = False, autocast: torch.dtype | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output and all gradients, for a fixed random gradient of the output; in float64 if ``double``.
+
+        With ``autocast`` the forward runs under it, as PyTorch recommends.
+        """
         leaves = {
             name: None if value is None else as_leaf(value.double() if double else value)
             for name, value in self.tensors.items()
         }
         options = self.options | ({"out_dtype": torch.float64} if double else {})
-        out = self.op(**leaves, **options, backend=backend)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            out = self.op(**leaves, **options, backend=backend)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         weights = weights.to(self.options.get("out_dtype") or self.dtype).to(out.dtype)
         wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
@@ -54,7 +61,9 @@ def as_leaf(value: Tensor) -> Tensor:
 
 def _strided(value: Tensor, pick: random.Random) -> Tensor:
     """The same numbers in another memory layout."""
-    kind = pick.choice(("contiguous", "contiguous", "transposed", "offset", "padded"))
+    kind = pick.choice(("contiguous", "contiguous", "transposed", "offset", "padded", "expanded"))
+    if kind == "expanded" and value.dim() >= 2 and value.shape[0] > 1:
+        return value[:1].expand(value.shape)
     if kind == "transposed" and value.dim() >= 2:
         return value.transpose(0, -1).contiguous().transpose(0, -1)
     if kind == "offset":
@@ -105,7 +114,10 @@ def selective_scan_sample(seed: int) -> Sample:
             "delta_bias": make(d, scale=0.5, low=False) if softplus and pick.random() < 0.7 else None,
             "z": make(b, d, length) if pick.random() < 0.3 else None,
         },
-        options={"delta_softplus": softplus},
+        options={
+            "delta_softplus": softplus,
+            "out_dtype": torch.float32 if dtype in HALF and pick.random() < 0.5 else None,
+        },
         streams=("u", "delta", "B", "C", "z"),
         dtype=dtype,
     )
@@ -150,7 +162,9 @@ def scan2d_sample(seed: int) -> Sample:
 def _orders(
     pick: random.Random, generator: torch.Generator, h: int, w: int
 ) -> tuple[tuple[ScanOrder, ...] | Tensor, int]:
-    kind = pick.choice(("cross", "cross", "bidirectional", "unidirectional", "single", "permutation", "partial"))
+    kind = pick.choice(
+        ("cross", "cross", "bidirectional", "unidirectional", "single", "permutation", "partial", "repeats")
+    )
     if kind == "cross":
         return CROSS_SCAN, 4
     if kind == "bidirectional":
@@ -161,6 +175,12 @@ def _orders(
         return (pick.choice(list(ScanOrder)),), 1
     k = pick.randint(1, 4)
     routes = torch.stack([torch.randperm(h * w, generator=generator) for _ in range(k)])
+    if kind == "repeats":  # more visits than pixels
+        return torch.randint(h * w, (k, h * w + 3), generator=generator), k
     if kind == "partial":
         return routes[:, : max(1, h * w // 4)], k
     return routes, k
+
+
+MAKERS: dict[str, Callable[[int], Sample]] = {"selective_scan": selective_scan_sample, "scan2d": scan2d_sample}
+"""Every operator's maker of samples; the tests of what all operators promise go through these."""

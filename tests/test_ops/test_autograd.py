@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 
+from mmvmamba.errors import BackendError, OpInputError
 from mmvmamba.ops import CROSS_SCAN, ScanOrder, scan2d, selective_scan
+from mmvmamba.ops.extension import HAS_EXTENSION
 from mmvmamba.testing import requires_extension
-from tests.test_ops.samples import scan2d_sample, selective_scan_sample
+from tests.test_ops.samples import MAKERS, scan2d_sample, selective_scan_sample
 from tests.test_ops.test_exact import BACKENDS, scan2d_arguments
 
 OPTIONS = list(itertools.product((False, True), (False, True), (False, True), (False, True)))
@@ -62,12 +64,53 @@ def test_gradcheck_scan2d(backend: str, skip: bool, bias: bool, softplus: bool, 
     assert torch.autograd.gradcheck(call, leaves, nondet_tol=0.0)
 
 
-@pytest.mark.parametrize("wanted", range(6))
-def test_any_one_tensor_may_need_a_gradient(wanted: int) -> None:
-    args = list(scan2d_arguments(3, 4))
-    args[wanted].requires_grad_()
-    torch.autograd.backward(scan2d(*args).sum())
-    assert [value.grad is not None for value in args] == [i == wanted for i in range(6)]
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_any_one_tensor_may_need_a_gradient(make) -> None:
+    """Each gradient alone is what it is among all, and nothing else gets one."""
+    sample = make(3)
+    leaves = {name: None if v is None else v.detach() for name, v in sample.tensors.items()}
+    given = [name for name, value in leaves.items() if value is not None]
+    every = {name: None if value is None else value.clone().requires_grad_() for name, value in leaves.items()}
+    expected = dict(
+        zip(given, torch.autograd.grad(sample.run(None, every).sum(), [every[n] for n in given]), strict=True)
+    )
+    for wanted in given:
+        alone = dict(leaves)
+        alone[wanted] = leaves[wanted].clone().requires_grad_()
+        sample.run(None, alone).sum().backward()
+        assert torch.equal(alone[wanted].grad, expected[wanted]), wanted
+        assert all(alone[name].grad is None for name in given if name != wanted)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_forward_mode_is_right_or_refused(make) -> None:
+    """The automatic choice gives the derivative of the reference; the compiled backend by name refuses."""
+    sample = make(2)
+    name = next(iter(sample.tensors))
+    primal = sample.tensors[name].detach()
+    tangent = torch.randn_like(primal)
+    with torch.autograd.forward_ad.dual_level():
+        for backend in (None, "reference"):
+            dual = torch.autograd.forward_ad.make_dual(primal, tangent)
+            out = torch.autograd.forward_ad.unpack_dual(sample.run(backend, sample.tensors | {name: dual}))
+            assert out.tangent.abs().max() > 0
+        if HAS_EXTENSION:
+            with pytest.raises(BackendError, match="no forward-mode derivative"):
+                sample.run("compiled", sample.tensors | {name: torch.autograd.forward_ad.make_dual(primal, tangent)})
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing_inside(make, backend: str) -> None:
+    for seed in range(10):
+        sample = make(seed)
+        if sample.op is selective_scan:
+            sample.tensors["z"] = None  # the gate is an ordinary product
+        out, grads = sample.gradients(backend, autocast=torch.bfloat16)
+        expected_out, expected = sample.gradients(backend)
+        assert torch.equal(out, expected_out)
+        for name, grad in grads.items():
+            assert torch.equal(grad, expected[name]), name
 
 
 def test_second_derivative_of_the_reference() -> None:
@@ -84,13 +127,27 @@ def test_second_derivative_of_the_compiled_backend_raises() -> None:
         grad.sum().backward()
 
 
-def test_no_states_are_saved_where_no_gradient_is_needed() -> None:
+@requires_extension()
+@pytest.mark.ext
+def test_no_states_are_saved_where_no_gradient_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     args = [value.requires_grad_() for value in scan2d_arguments(3, 4)]
-    with torch.inference_mode():
-        assert not scan2d(*args).requires_grad
+    asked = []
+    operator = torch.ops.mmvmamba.scan2d
+
+    def spy(*arguments):
+        asked.append(arguments[-1])
+        return operator(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.mmvmamba, "scan2d", spy)
+        for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+            with context:
+                scan2d(*args)
+        scan2d(*(value.detach() for value in args))
+    assert asked == [False, False, True, False]
     _, carries = torch.ops.mmvmamba.scan2d(*args[:4], args[4], args[5], [0, 1, 2, 3], None, True, torch.float32, True)
     assert carries.numel() > 0
-    with pytest.raises(RuntimeError, match="save_carries=False"):
+    with pytest.raises(OpInputError, match="save_carries=False"):
         torch.ops.mmvmamba.scan2d(*args[:4], args[4], args[5], [0, 1, 2, 3], None, True, torch.float32, False)
 
 
@@ -131,7 +188,8 @@ def test_opcheck_backward(index: int) -> None:
     grad_out, carries = torch.randn_like(outputs[0]), outputs[-1]
     *routes_and_softplus, _ = options
     backward = getattr(torch.ops.mmvmamba, f"{name}_backward").default
-    states = [torch.randn_like(outputs[1])] if name == "selective_scan" else []
+    last_state = torch.randn_like(outputs[1]) if index % 2 else None
+    states = [last_state] if name == "selective_scan" else []
     torch.library.opcheck(backward, (grad_out, *states, *tensors, *routes_and_softplus, carries))
 
 
@@ -168,7 +226,7 @@ def test_export_keeps_the_operator_as_one_node() -> None:
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     before = torch.get_num_threads()
     try:
-        for make in (selective_scan_sample, scan2d_sample):
+        for make in MAKERS.values():
             for seed in range(10):
                 results = []
                 for threads in (1, 2, 3, 4):

@@ -39,6 +39,8 @@ SCAN_CASES = {
     "A has no states": ("A", -torch.rand(D_, 0), r"shape \(6, 0\)"),
     "A is half": ("A", -torch.rand(D_, N_).half(), "dtype torch.float16"),
     "B has rank 2": ("B", torch.randn(N_, L_), "has 2 dimensions"),
+    "B has other states, not grouped": ("B", torch.randn(B_, 5, L_), r"shape \(2, 5, 10\)"),
+    "delta_softplus is a number": ("delta_softplus", 1, "is 1"),
     "B has 4 groups": ("B", torch.randn(B_, 4, N_, L_), "has 4 groups"),
     "B has no groups": ("B", torch.randn(B_, 0, N_, L_), "has 0 groups"),
     "B has other states": ("B", torch.randn(B_, 2, 5, L_), r"shape \(2, 2, 5, 10\)"),
@@ -66,7 +68,10 @@ MAP_CASES = {
     "x is a string": ("x", "map", "is a str"),
     "x is integer": ("x", torch.ones(2, 4, 5, 20, dtype=torch.uint8), "dtype torch.uint8"),
     "projections are float64 alone": ("projections", torch.randn(2, 4, 5, 4, 7).double(), "dtype torch.float64"),
-    "x has other channels": ("A", -torch.rand(4, 21, 2), r"shape \(4, 21, 2\)"),
+    "A has other channels": ("A", -torch.rand(4, 21, 2), r"shape \(4, 21, 2\)"),
+    "x is channel-first": ("x", torch.randn(2, 20, 4, 5), r"has 5 channels, shape \(2, 20, 4, 5\)"),
+    "x is sparse": ("x", torch.randn(2, 4, 5, 20).to_sparse(), "layout torch.sparse_coo"),
+    "delta_softplus is a string": ("delta_softplus", "no", "is 'no'"),
     "projections have other features": ("projections", torch.randn(2, 4, 5, 4, 8), r"shape \(2, 4, 5, 4, 8\)"),
     "projections have other routes": ("projections", torch.randn(2, 4, 5, 3, 7), r"shape \(2, 4, 5, 3, 7\)"),
     "projections are channel-first": ("projections", torch.randn(2, 4, 7, 4, 5), r"shape \(2, 4, 7, 4, 5\)"),
@@ -91,6 +96,8 @@ def test_scan2d(argument: str, value: object, found: str, backend: str) -> None:
 
 
 ORDER_CASES = {
+    "a number": (5, "is 5"),
+    "None": (None, "is None"),
     "too few": (CROSS_SCAN[:3], "has 3 entries"),
     "a string": (("row",) * 4, "holds 'row'"),
     "an integer": ((0, 1, 2, 3), "holds 0"),
@@ -116,7 +123,7 @@ def test_unknown_backend_gives_the_nearest_spelling() -> None:
 
 def test_named_backend_never_falls_back() -> None:
     args = [value.to("meta") for value in scan2d_arguments(2, 2)]
-    with pytest.raises(BackendError, match="backend 'compiled' was asked for by name and cannot run"):
+    with pytest.raises(BackendError, match="backend 'compiled' was asked for by the argument backend and cannot run"):
         scan2d(*args, backend="compiled")
 
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from mmvmamba.testing import FORWARD_BOUND, PARAMETER_GRAD_BOUND, STREAM_GRAD_BOUND, assert_close, requires_extension
-from tests.test_ops.samples import Sample, scan2d_sample, selective_scan_sample
+from tests.test_ops.samples import MAKERS, Sample
 
 COUNT = 200
-MAKERS = {"selective_scan": selective_scan_sample, "scan2d": scan2d_sample}
 
 
 def check(sample: Sample, backend: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmvmamba.errors import BackendError, OpInputError
+from mmvmamba.ops.backends import warn_of_fallback
 from mmvmamba.ops.library import chunk_count, register_fallback
 from mmvmamba.ops.scan2d.orders import ScanOrder, order_to_permutation
 from mmvmamba.ops.scan2d.reference import scan2d_backward_reference, scan2d_reference
@@ -30,6 +32,7 @@ def _fallback_forward(
     orders: list[int], permutation: _Optional, delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the reference without recording it; the backward computes it again, so no states are saved."""
+    warn_of_fallback(x.device.type)
     pixels = routes_as_permutation(x, orders, permutation)
     with torch.no_grad():
         out = scan2d_reference(x, projections, dt_weight, dt_bias, A, D, pixels, delta_softplus)
@@ -84,7 +87,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, orders, permutation, delta_softplus, _out_dtype, save_carries = inputs
     if not save_carries:
-        raise RuntimeError("mmvmamba::scan2d was called with save_carries=False on inputs that require grad")
+        raise OpInputError("mmvmamba::scan2d was called with save_carries=False on inputs that require grad")
     ctx.orders, ctx.delta_softplus = orders, delta_softplus
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, permutation, output[1])
@@ -104,7 +107,7 @@ torch.library.register_autograd("mmvmamba::scan2d", _backward, setup_context=_se
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
+    raise BackendError(
         "mmvmamba::scan2d has no second derivative; pass backend='reference', which can be differentiated any number "
         "of times"
     )

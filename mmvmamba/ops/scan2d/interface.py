@@ -51,7 +51,7 @@ def scan2d(
         delta_softplus: Apply softplus to the step sizes.
         out_dtype: dtype of the output; that of ``x`` if None. float32 keeps the precision of the sum under AMP.
         backend: ``"compiled"``, ``"reference"``, or None for the best that can run. A backend asked for by name
-            never falls back. Only ``"reference"`` can be differentiated twice.
+            never falls back. Only ``"reference"`` can be differentiated twice or in forward mode.
 
     Returns:
         The merged map (b, h, w, d).
@@ -65,12 +65,16 @@ def scan2d(
     projection to (dt, B, C) is outside, once per pixel; channels are last; any route, not four fixed ones.
     """
     accumulate = _check_tensors(x, projections, dt_weight, dt_bias, A, D)
+    checks.check_flag(_OP, "delta_softplus", delta_softplus)
     out_dtype = checks.check_out_dtype(_OP, out_dtype, x.dtype)
     codes, permutation = _check_orders(orders, x, A.shape[0])
     chosen = choose_backend(backend, x.device.type)
     tensors = (x, projections, dt_weight, dt_bias, A, D)
+    tangents = checks.carry_tangents(tensors)
+    if tangents and chosen == ("compiled", True):
+        checks.refuse_forward_mode(_OP, chosen.name)
     # A trace with no compiled kernel records the operator (one node, PyTorch kernel), not an unrolled time loop.
-    if chosen == "reference" and (backend == "reference" or not torch.compiler.is_compiling()):
+    if tangents or (chosen.name == "reference" and (chosen.pinned or not torch.compiler.is_compiling())):
         pixels = routes_as_permutation(x, codes, permutation)
         return scan2d_reference(*tensors, pixels, delta_softplus).to(out_dtype)
     save_carries = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -99,6 +103,10 @@ def _check_tensors(
     r = dt_weight.shape[2]
     if k == 0 or n == 0:
         checks.fail(_OP, "A", f"has shape {tuple(A.shape)}", "k >= 1 routes and n >= 1 states", "Check how A is made.")
+    if A.shape[1] == dt_weight.shape[1] != d:
+        found = f"has {d} channels, shape {tuple(x.shape)}"
+        advice = "Channels come last: a channel-first map needs x.permute(0, 2, 3, 1)."
+        checks.fail(_OP, "x", found, f"(b, h, w, d) with d = {A.shape[1]}, as A and dt_weight have", advice)
     checks.check_shape(_OP, "A", A, "(k, d, n)", (k, d, n))
     checks.check_shape(_OP, "dt_weight", dt_weight, "(k, d, r)", (k, d, r))
     checks.check_shape(_OP, "projections", projections, "(b, h, w, k, r + 2 n)", (b, h, w, k, r + 2 * n))
@@ -112,11 +120,14 @@ def _check_tensors(
     return accumulate
 
 
-def _check_orders(orders: Sequence[ScanOrder] | Tensor, x: Tensor, k: int) -> tuple[list[int], Tensor | None]:
+def _check_orders(orders: object, x: Tensor, k: int) -> tuple[list[int], Tensor | None]:
     """Return (codes, None) for named routes and ([], permutation) for explicit ones."""
     if isinstance(orders, Tensor):
         return [], _check_permutation(orders, x, k)
-    codes: list[object] = list(orders)
+    if not isinstance(orders, Sequence):
+        checks.fail(_OP, "orders", f"is {orders!r}", "a sequence of ScanOrder values or an int64 tensor (k, l)",
+                    "Use for example orders=CROSS_SCAN.")  # fmt: skip
+    codes = list(orders)
     if len(codes) != k:
         advice = "Give one order for each route of A."
         checks.fail(_OP, "orders", f"has {len(codes)} entries", f"k = {k} of them", advice)
@@ -124,7 +135,7 @@ def _check_orders(orders: Sequence[ScanOrder] | Tensor, x: Tensor, k: int) -> tu
         if not isinstance(order, ScanOrder):
             checks.fail(_OP, "orders", f"holds {order!r}", "ScanOrder values or an int64 tensor (k, l)",
                         f"Use one of {', '.join(str(o) for o in ScanOrder)}.")  # fmt: skip
-    return [int(order) for order in orders], None
+    return [int(order) for order in codes], None
 
 
 def _check_permutation(permutation: Tensor, x: Tensor, k: int) -> Tensor:
@@ -137,8 +148,10 @@ def _check_permutation(permutation: Tensor, x: Tensor, k: int) -> Tensor:
         advice = "Give one row of pixel indices for each route of A."
         checks.fail(_OP, "orders", f"has {permutation.shape[0]} rows", f"k = {k} of them", advice)
     checks.check_devices(_OP, {"x": x, "orders": permutation})
-    # Reading values would break a trace (and stall a GPU): the compiled kernels check the range themselves.
-    if not torch.compiler.is_compiling() and permutation.device.type == "cpu" and permutation.numel():
+    # Values cannot be read in a trace (whose tensors are of another class); the CPU kernels check the range again. An
+    # index beyond the map would end the process on a GPU, so waiting for the answer there is the lesser evil.
+    readable = type(permutation) is Tensor and permutation.device.type != "meta"
+    if readable and not torch.compiler.is_compiling() and permutation.numel():
         pixels = x.shape[1] * x.shape[2]
         low, high = int(permutation.min()), int(permutation.max())
         if low < 0 or high >= pixels:

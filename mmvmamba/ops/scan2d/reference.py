@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmvmamba.ops.selective_scan.reference import (
+    full_precision,
     selective_scan_backward_reference,
     selective_scan_reference,
 )
@@ -75,7 +76,9 @@ def scan2d_backward_reference(
     dy = _visit(grad_out.to(dt.dtype), permutation).transpose(2, 3).reshape(b, k * d, length)
     du, ddelta, dA, dB, dC, dD, dbias = selective_scan_backward_reference(dy, None, *scan_inputs, delta_softplus)
     ddelta = ddelta.reshape(b, k, d, length)
-    ddt = torch.einsum("bkdl,kdr->bklr", ddelta, dt_weight.to(dt.dtype))
+    with full_precision(x.device):
+        ddt = torch.einsum("bkdl,kdr->bklr", ddelta, dt_weight.to(dt.dtype))
+        ddt_weight = torch.einsum("bkdl,bklr->kdr", ddelta, dt)
     dscanned = torch.cat([ddt, dB.transpose(2, 3), dC.transpose(2, 3)], -1)
     # Routes have projections of their own, so each is put back by itself: (b, h w, k, r + 2 n)
     dprojections = torch.stack([_scatter(dscanned[:, i : i + 1], permutation[i : i + 1], h * w) for i in range(k)], 2)
@@ -83,7 +86,7 @@ def scan2d_backward_reference(
     return (
         dx.view(x.shape),
         dprojections.view(projections.shape),
-        torch.einsum("bkdl,bklr->kdr", ddelta, dt),
+        ddt_weight,
         None if dbias is None else dbias.view(k, d),
         dA.view(A.shape),
         None if dD is None else dD.view(k, d),
@@ -105,7 +108,8 @@ def _gather(
     routes = permutation.unbind(0)
     scanned = torch.stack([p.index_select(1, route) for p, route in zip(per_route, routes, strict=True)], 1)
     dt, B, C = scanned.split([r, n, n], -1)  # (b, k, l, .)
-    delta = torch.einsum("bklr,kdr->bkdl", dt, dt_weight.to(accumulate))
+    with full_precision(x.device):
+        delta = torch.einsum("bklr,kdr->bkdl", dt, dt_weight.to(accumulate))
     scan_inputs = (
         u.transpose(2, 3).reshape(b, k * d, length),
         delta.reshape(b, k * d, length),

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmvmamba.errors import BackendError, OpInputError
+from mmvmamba.ops.backends import warn_of_fallback
 from mmvmamba.ops.library import chunk_count, register_fallback
 from mmvmamba.ops.selective_scan.reference import selective_scan_backward_reference, selective_scan_reference
 
@@ -21,6 +23,7 @@ def _fallback_forward(
     delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the reference without recording it; the backward computes it again, so no states are saved."""
+    warn_of_fallback(u.device.type)
     with torch.no_grad():
         out, last_state = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus)
     carries = out.new_zeros(_carries_shape(u, A, save_carries))
@@ -75,7 +78,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, delta_softplus, _out_dtype, save_carries = inputs
     if not save_carries:
-        raise RuntimeError("mmvmamba::selective_scan was called with save_carries=False on inputs that require grad")
+        raise OpInputError("mmvmamba::selective_scan was called with save_carries=False on inputs that require grad")
     ctx.delta_softplus = delta_softplus
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -99,7 +102,7 @@ torch.library.register_autograd("mmvmamba::selective_scan", _backward, setup_con
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
+    raise BackendError(
         "mmvmamba::selective_scan has no second derivative; pass backend='reference', which can be differentiated "
         "any number of times"
     )

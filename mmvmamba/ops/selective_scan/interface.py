@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,20 @@ from mmvmamba.ops.selective_scan import compiled  # noqa: F401  (registers the o
 from mmvmamba.ops.selective_scan.reference import selective_scan_reference
 
 _OP = "selective_scan"
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ..., z: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    return_last_state: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ..., z: Tensor | None = ..., out_dtype: torch.dtype | None = ..., *,
+    return_last_state: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def selective_scan(
@@ -50,7 +66,7 @@ def selective_scan(
         out_dtype: dtype of the output; that of ``u`` if None.
         return_last_state: Also return the state after the last position.
         backend: ``"compiled"``, ``"reference"``, or None for the best that can run. A backend asked for by name
-            never falls back. Only ``"reference"`` can be differentiated twice.
+            never falls back. Only ``"reference"`` can be differentiated twice or in forward mode.
 
     Returns:
         The output (b, d, l), and with ``return_last_state`` also the state (b, d, n) in the precision of the scan.
@@ -63,34 +79,27 @@ def selective_scan(
     Source: Gu and Dao, "Mamba" (arXiv 2312.00752); ``selective_scan_fn`` of state-spaces/mamba. Differences: no
     complex A, no B or C without a time axis, ``out_dtype``, grouped projections on every backend.
     """
-    B, C = _with_group_axis("B", B), _with_group_axis("C", C)
     accumulate = _check(u, delta, A, B, C, D, delta_bias, z)
+    checks.check_flag(_OP, "delta_softplus", delta_softplus)
+    B, C = (p if p.dim() == 4 else p.unsqueeze(1) for p in (B, C))
     out_dtype = checks.check_out_dtype(_OP, out_dtype, u.dtype)
     # A gate is applied to the full-precision output.
     scan_dtype = out_dtype if z is None else accumulate
     chosen = choose_backend(backend, u.device.type)
+    tensors = (u, delta, A, B, C, D, delta_bias)
+    tangents = checks.carry_tangents(tensors)
+    if tangents and chosen == ("compiled", True):
+        checks.refuse_forward_mode(_OP, chosen.name)
     # A trace with no compiled kernel records the operator (one node, PyTorch kernel), not an unrolled time loop.
-    if chosen == "reference" and (backend == "reference" or not torch.compiler.is_compiling()):
-        out, last_state = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    if tangents or (chosen.name == "reference" and (chosen.pinned or not torch.compiler.is_compiling())):
+        out, last_state = selective_scan_reference(*tensors, delta_softplus)
         out = out.to(scan_dtype)
     else:
-        tensors = (u, delta, A, B, C, D, delta_bias)
         save_carries = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         out, last_state, _ = torch.ops.mmvmamba.selective_scan(*tensors, delta_softplus, scan_dtype, save_carries)
     if z is not None:
         out = (out * F.silu(z.to(accumulate))).to(out_dtype)
     return (out, last_state) if return_last_state else out
-
-
-def _with_group_axis(name: str, projection: Tensor) -> Tensor:
-    """Turn (b, n, l) or (b, g, n, l) into (b, g, n, l)."""
-    checks.check_tensor(_OP, name, projection)
-    if projection.dim() == 3:
-        return projection.unsqueeze(1)
-    if projection.dim() != 4:
-        found = f"has {projection.dim()} dimensions, shape {tuple(projection.shape)}"
-        checks.fail(_OP, name, found, "(b, n, l) or grouped (b, g, n, l)", "Reshape it to one of these layouts.")
-    return projection
 
 
 def _check(
@@ -107,16 +116,12 @@ def _check(
     checks.check_rank(_OP, "u", u, "(b, d, l)")
     checks.check_rank(_OP, "A", A, "(d, n)")
     b, d, length = u.shape
-    n, groups = A.shape[1], B.shape[1]
+    n = A.shape[1]
     checks.check_shape(_OP, "A", A, "(d, n)", (d, n))
     if n == 0:
         checks.fail(_OP, "A", f"has shape {tuple(A.shape)}", "n >= 1 states", "Give A at least one column.")
     checks.check_shape(_OP, "delta", delta, "(b, d, l)", (b, d, length))
-    if groups == 0 or d % groups != 0:
-        advice = "Use a number of groups that divides the channels."
-        checks.fail(_OP, "B", f"has {groups} groups", f"a divisor of d = {d}", advice)
-    for name, projection in (("B", B), ("C", C)):
-        checks.check_shape(_OP, name, projection, "(b, g, n, l)", (b, groups, n, length))
+    _check_projections(B, C, (b, d, n, length))
     for name, vector in (("D", D), ("delta_bias", delta_bias)):
         if vector is not None:
             checks.check_shape(_OP, name, vector, "(d,)", (d,))
@@ -125,3 +130,21 @@ def _check(
     accumulate = checks.check_dtypes(_OP, streams, parameters)
     checks.check_devices(_OP, tensors)
     return accumulate
+
+
+def _check_projections(B: Tensor, C: Tensor, sizes: tuple[int, int, int, int]) -> None:
+    """Check B and C, plain or grouped."""
+    b, d, n, length = sizes
+    if B.dim() not in (3, 4):
+        found = f"has {B.dim()} dimensions, shape {tuple(B.shape)}"
+        checks.fail(_OP, "B", found, "(b, n, l) or grouped (b, g, n, l)", "Reshape it to one of these layouts.")
+    names = "(b, n, l)"
+    expected: tuple[int, ...] = (b, n, length)
+    if B.dim() == 4:
+        groups = B.shape[1]
+        if groups == 0 or d % groups != 0:
+            advice = "Use a number of groups that divides the channels."
+            checks.fail(_OP, "B", f"has {groups} groups", f"a divisor of d = {d}", advice)
+        names, expected = "(b, g, n, l)", (b, groups, n, length)
+    for name, projection in (("B", B), ("C", C)):
+        checks.check_shape(_OP, name, projection, names, expected)
