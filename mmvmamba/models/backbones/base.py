@@ -129,7 +129,17 @@ class BaseBackbone(BaseModule):
         return self.get_submodule(f"outnorm{stage}")(x).permute(0, 3, 1, 2).contiguous()
 
     def freeze(self) -> None:
-        """Turn off gradients and training mode of everything ``frozen_stages`` names."""
+        """Turn off gradients and training mode of everything ``frozen_stages`` names, and gradients of unused parts.
+
+        Unused are the downsampling after the last of ``out_indices`` and all later stages: distributed training
+        waits for the gradient of every parameter that wants one. Their names stay in the state dict.
+        """
+        last = self.out_indices[-1]
+        for layer in self.layers[last + 1 :]:
+            layer.requires_grad_(False)
+        for name, child in self.layers[last].named_children():
+            if name != "blocks":
+                child.requires_grad_(False)
         if self.frozen_stages < 0:
             return
         frozen: list[nn.Module] = []
@@ -148,9 +158,20 @@ class BaseBackbone(BaseModule):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> BaseBackbone:
-        """Set training mode, keeping frozen parts (and batch norms, if ``norm_eval``) in evaluation mode."""
+        """Set training mode, keeping frozen parts (and batch norms, if ``norm_eval``) in evaluation mode.
+
+        Raises:
+            ConfigError: If the batch norms were converted to synchronised ones, which take channels-first maps only.
+        """
         super().train(mode)
         if mode:
+            synced = [name for name, module in self.named_modules() if type(module).__name__ == "SyncBatchNorm"]
+            if synced:
+                raise ConfigError(
+                    f"{type(self).__name__}: {len(synced)} norms such as {synced[0]!r} were converted to SyncBatchNorm, "
+                    "expected the channels-last batch norms they were built with. Remove sync_bn from the config, or "
+                    "choose norm='layer_norm' in arch."
+                )
             self.freeze()
             if self.norm_eval:
                 for module in self.modules():

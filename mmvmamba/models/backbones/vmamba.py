@@ -150,7 +150,8 @@ class CascadeSS2D(SS2D):
     def scan(self, x: Tensor) -> Tensor:
         """Scan ``x`` (b, h, w, d) in two passes; (b, h, w, d) in the accumulation type."""
         y = F.layer_norm(x, x.shape[-1:])
-        y = F.layer_norm(self._scan_rows(y, 0), x.shape[-1:])
+        # The first pass returns float32 also in a half-precision model, whose weights the second must match.
+        y = F.layer_norm(self._scan_rows(y, 0), x.shape[-1:]).to(self.x_proj_weight.dtype)
         return self._scan_rows(y.transpose(1, 2), 2).transpose(1, 2)
 
     def _scan_rows(self, x: Tensor, first: int) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from mmengine.model import convert_sync_batchnorm
 from mmengine.model.weight_init import PretrainedInit
 
 import mmvmamba.models  # noqa: F401 (fills the registry)
@@ -95,12 +96,29 @@ def test_freezing(backbone, frozen_stages):
     assert all(model.layers[i].training is (i >= frozen_stages) for i in range(4))
 
 
+def test_unused_stages_want_no_gradient(backbone):
+    """Every parameter that wants a gradient gets one, else distributed training stops; no name is lost."""
+    model = backbone("nano", out_indices=(0, 1)).train()
+    sum(out.pow(2).mean() for out in model(_image(32, 32))).backward()
+    wanting = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert wanting == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert not any(name.startswith(("layers.2", "layers.3", "layers.1.downsample")) for name in wanting)
+    assert {name for name in backbone("nano").state_dict() if name.startswith("layers")} < set(model.state_dict())
+
+
 def test_norm_eval(backbone):
     model = backbone(dict(dims=[8, 16], depths=[1, 1], norm="batch_norm"), norm_eval=True, out_indices=(1,)).train()
     before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
     model(_image(32, 32, batch=2))
     assert before
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("convert", [convert_sync_batchnorm, torch.nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_synchronised_batch_norm_is_refused(backbone, convert):
+    model = convert(backbone(dict(dims=[8], depths=[1], norm="batch_norm"), out_indices=(0,)))
+    with pytest.raises(ConfigError, match=r"converted to SyncBatchNorm.*Remove sync_bn"):
+        model.train()
 
 
 def test_checkpointing_changes_nothing(backbone):

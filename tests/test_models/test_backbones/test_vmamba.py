@@ -5,7 +5,9 @@ import torch
 
 from mmvmamba.errors import CheckpointMismatch, ConfigError
 from mmvmamba.models import VMamba
-from mmvmamba.models.backbones.vmamba import ARCHS, VMambaArch
+from mmvmamba.models.backbones.vmamba import ARCHS, SCANS, VMambaArch
+from mmvmamba.models.layers.ss2d import OUT_NORMS
+from mmvmamba.testing import relative_error
 
 #: Parameters with out norms, counted from the official key lists (test_parity.py) less the classification head.
 VARIANTS = [name for name in ARCHS if name != "nano"]
@@ -57,6 +59,26 @@ def test_the_smallest_images_work_with_every_stem(stem, patch_size, downsample):
             for out in model(torch.randn(1, 3, *size)):
                 assert out.isfinite().all()
                 assert min(out.shape[2:]) >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [*(dict(out_norm=name) for name in OUT_NORMS), *(dict(scan=name) for name in SCANS), dict(norm="batch_norm"),
+     dict(gated=True, conv_bias=True, d_state=4, patch_embed="patchify", downsample="patch_merging"), dict(out_act=True),
+     dict(gated_mlp=True)],
+    ids=lambda options: "-".join(map(str, options.values())),
+)  # fmt: skip
+def test_half_models_keep_their_dtype_and_are_close(options, dtype):
+    torch.manual_seed(0)
+    model = VMamba(dict(dims=[16, 32], depths=[1, 1], **options), out_indices=(0, 1)).eval()
+    image = torch.randn(1, 3, 24, 32)
+    with torch.no_grad():
+        expected = model(image)
+        narrow = model.to(dtype)(image.to(dtype))
+    for out, want in zip(narrow, expected, strict=True):
+        assert out.dtype == dtype
+        assert relative_error(out.float(), want) < (0.08 if dtype == torch.bfloat16 else 0.02)
 
 
 def test_position_embedding_is_added_and_resized():
