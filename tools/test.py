@@ -8,7 +8,7 @@ import sys
 
 from mmengine.config import DictAction
 
-from mmvmamba.apis import build_runner, check_data, load_config, prepare_testing
+from mmvmamba.apis import build_runner, check_data, check_weights, load_config, prepare_testing
 from mmvmamba.errors import MMVMambaError
 
 
@@ -40,7 +40,9 @@ def main() -> None:
     cfg = load_config(args.config, work_dir=args.work_dir, cfg_options=args.cfg_options, launcher=args.launcher)
     prepare_testing(cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, tta=args.tta)
     check_data(cfg, ["test"])
-    build_runner(cfg).test()
+    runner = build_runner(cfg)
+    check_weights(runner.model, args.checkpoint)
+    runner.test()
 
 
 if __name__ == "__main__":

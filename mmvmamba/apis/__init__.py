@@ -2,5 +2,6 @@
 
 from mmvmamba.apis.data import check_data
 from mmvmamba.apis.runner import build_runner, load_config, prepare_testing, prepare_training
+from mmvmamba.apis.weights import check_weights
 
-__all__ = ["build_runner", "check_data", "load_config", "prepare_testing", "prepare_training"]
+__all__ = ["build_runner", "check_data", "check_weights", "load_config", "prepare_testing", "prepare_training"]

@@ -45,12 +45,23 @@ def check_data(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
         for dataset in _datasets(loader.get("dataset") if loader else None):
             for entry, path in _paths(dataset):
                 if not path.exists():
-                    kind = str(dataset.get("type", "")).rpartition(".")[2]
-                    raise DataError(_message(split, entry, path, kind))
+                    raise DataError(_message(split, entry, path, _kind(dataset)))
+
+
+def _kind(dataset: Mapping[str, Any]) -> str:
+    """Return the bare name of a data set's type, which is a name with or without a scope, or the class."""
+    kind = dataset.get("type", "")
+    return (kind if isinstance(kind, str) else getattr(kind, "__name__", "")).rpartition(".")[2]
+
+
+def _is_local(backend_args: Mapping[str, Any] | None) -> bool:
+    return not backend_args or backend_args.get("backend", "local") in ("local", "LocalBackend")
 
 
 def _message(split: str, entry: str, path: Path, kind: str) -> str:
-    cure = _DIGITS if "digits" in path.parts else _HOW_TO_GET.get(kind, _OWN_DATA)
+    # Many data sets of other origin have COCO's format; only COCO's own has these names.
+    foreign = kind == "CocoDataset" and not any("coco" in part.lower() or "2017" in part for part in path.parts)
+    cure = _DIGITS if "digits" in path.parts else _OWN_DATA if foreign else _HOW_TO_GET.get(kind, _OWN_DATA)
     return (
         f"data set not found: {split}_dataloader.dataset ({kind or 'no type'}), {entry}: "
         f"{str(path.absolute())!r} does not exist. {cure}, {_OVERRIDE.format(split=split)}"
@@ -72,8 +83,7 @@ def _datasets(dataset: Any) -> Iterator[Mapping[str, Any]]:
 
 def _paths(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """Yield (entry, path) of everything on disk that a data set config names."""
-    kind = str(dataset.get("type", "")).rpartition(".")[2]
-    if dataset.get("backend_args") or kind in _SELF_DOWNLOADING:
+    if not _is_local(dataset.get("backend_args")) or _kind(dataset) in _SELF_DOWNLOADING:
         return
     root = Path(dataset.get("data_root") or "")
     if dataset.get("data_root"):

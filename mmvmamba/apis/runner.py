@@ -21,6 +21,8 @@ from mmvmamba.errors import CheckpointError, ConfigError
 SCOPES = ("mmdet", "mmseg", "mmpretrain")
 _DET_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
+_SEG_TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
 
 def load_config(
     path: str,
@@ -80,19 +82,19 @@ def prepare_training(cfg: Config, *, amp: bool = False, auto_scale_lr: bool = Fa
 
     Args:
         cfg: From ``load_config``.
-        amp: Train in mixed precision (float16, dynamic loss scale).
+        amp: Train in mixed precision (float16, dynamic loss scale, unless the config has its own settings).
         auto_scale_lr: Scale the learning rate with the real batch size.
         resume: A checkpoint file, ``"auto"`` for the newest in the work dir, or None.
 
     Raises:
-        ConfigError: If mixed precision is asked for on a CPU, or the config names no base batch size.
+        ConfigError: If mixed precision is asked for on a CPU or with an unusual optimizer wrapper, or the config names
+            no base batch size.
         CheckpointError: If there is nothing to resume from.
     """
     if amp:
         if get_device() == "cpu":
             raise ConfigError("--amp: found no accelerator, expected one: float16 is no faster on a CPU. Drop --amp.")
-        cfg.optim_wrapper.type = "AmpOptimWrapper"
-        cfg.optim_wrapper.loss_scale = "dynamic"
+        _set_amp(cfg)
     if auto_scale_lr:
         if cfg.get("auto_scale_lr", {}).get("base_batch_size") is None:
             raise ConfigError(
@@ -103,6 +105,19 @@ def prepare_training(cfg: Config, *, amp: bool = False, auto_scale_lr: bool = Fa
     if resume is not None:
         cfg.resume = True
         cfg.load_from = _checkpoint_to_resume(cfg.work_dir, resume)
+
+
+def _set_amp(cfg: Config) -> None:
+    kind = cfg.optim_wrapper.get("type", "OptimWrapper")
+    name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+    if name not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise ConfigError(
+            f"--amp: optim_wrapper.type is {name!r}, expected 'OptimWrapper' or 'AmpOptimWrapper'. Set mixed precision "
+            "in the config itself, or drop --amp."
+        )
+    if name == "OptimWrapper":
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 
 
 def _checkpoint_to_resume(work_dir: str, resume: str) -> str:
@@ -136,9 +151,17 @@ def prepare_testing(
         CheckpointError: If the checkpoint does not exist.
         ConfigError: If the config or model has no support for a flag.
     """
-    if not Path(checkpoint).is_file() and "://" not in checkpoint:
-        raise CheckpointError(f"checkpoint {checkpoint!r} does not exist, expected a file or URL. Check the path.")
+    if not Path(checkpoint).is_file() and not checkpoint.startswith(("http://", "https://")):
+        raise CheckpointError(
+            f"checkpoint {checkpoint!r} does not exist, expected a file or an http(s) URL. Train or download it first, "
+            "or correct the path."
+        )
     cfg.load_from = checkpoint
+    if tta and show_dir is not None and cfg.default_scope == "mmpretrain":
+        raise ConfigError(
+            "--tta and --show-dir: found both, expected one of them for mmpretrain, which cannot draw an image that "
+            "was augmented into several. Drop one of the two."
+        )
     if show_dir is not None:
         _draw_predictions(cfg, str(Path(show_dir).absolute()))
     if out is not None:
@@ -187,12 +210,9 @@ def _augment_test(cfg: Config) -> None:
     elif cfg.default_scope == "mmpretrain":
         cfg.setdefault("tta_model", ConfigDict(type="AverageClsScoreTTA"))
         cfg.setdefault("tta_pipeline", _flip_tta(cfg, dict(type="PackInputs")))
-    for name in ("tta_model", "tta_pipeline"):
-        if name not in cfg:
-            raise ConfigError(
-                f"--tta: the config has no {name}, expected one (mmseg's data set bases bring it). Add it "
-                "or drop --tta."
-            )
+    else:
+        cfg.setdefault("tta_model", ConfigDict(type="SegTTAModel"))
+        cfg.setdefault("tta_pipeline", _scale_and_flip_tta(cfg))
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
 
@@ -214,6 +234,18 @@ def _flip_tta(cfg: Config, pack: dict[str, Any]) -> list[dict[str, Any]]:
     flips = [dict(type="RandomFlip", prob=1.0, direction="horizontal"), dict(type="RandomFlip", prob=0.0)]
     steps = list(cfg.test_dataloader.dataset.pipeline[:-1])
     return [*steps, dict(type="TestTimeAug", transforms=[flips, [pack]])]
+
+
+def _scale_and_flip_tta(cfg: Config) -> list[dict[str, Any]]:
+    """Return mmseg's usual augmentation, six scales with and without mirroring, around the steps of the test pipeline.
+
+    The scales are relative to the image's own size, as the test pipeline of a config without a resize step has it.
+    """
+    first, *rest = cfg.test_dataloader.dataset.pipeline
+    annotations = [[step] for step in rest if step.get("type") == "LoadAnnotations"]
+    scales = [dict(type="Resize", scale_factor=ratio, keep_ratio=True) for ratio in _SEG_TTA_RATIOS]
+    flips = [dict(type="RandomFlip", prob=prob, direction="horizontal") for prob in (0.0, 1.0)]
+    return [first, dict(type="TestTimeAug", transforms=[scales, flips, *annotations, [rest[-1]]])]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("mmengine")
 
+import torch
 from mmengine.config import Config
 
-from mmvmamba.apis import check_data, load_config, prepare_testing, prepare_training
-from mmvmamba.errors import CheckpointError, ConfigError, DataError
+from mmvmamba.apis import check_data, check_weights, load_config, prepare_testing, prepare_training
+from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 DET = str(ROOT / "configs/det/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py")
@@ -96,6 +97,22 @@ def test_data_paths(tmp_path):
             check_data(bad, ["train", "val"])
 
 
+def test_data_set_types_and_backends():
+    """A class is a type like its name; local files are checked, remote ones are not; COCO's advice is for COCO."""
+
+    class CocoDataset:
+        pass
+
+    def check(**entries):
+        check_data(Config(dict(test_dataloader=dict(dataset=dict(**entries)))), ["test"])
+
+    check(type="CocoDataset", data_root="s3://data/coco", backend_args=dict(backend="petrel"))
+    with pytest.raises(DataError, match=r"\(CocoDataset\).*cocodataset\.org"):
+        check(type=CocoDataset, data_root="nowhere/coco", backend_args=dict(backend="local"))
+    with pytest.raises(DataError, match=r"\(CocoDataset\).*Check the paths of the config"):
+        check(type="mmdet.CocoDataset", data_root="nowhere/mine", backend_args={})
+
+
 def test_data_that_downloads_itself_is_left_alone():
     check_data(Config(dict(train_dataloader=dict(dataset=dict(type="CIFAR10", data_root="nowhere")))), ["train"])
 
@@ -128,6 +145,19 @@ def test_mixed_precision_needs_an_accelerator(monkeypatch):
     assert cfg.optim_wrapper.type == "AmpOptimWrapper"
 
 
+def test_mixed_precision_keeps_the_settings_of_the_config(monkeypatch):
+    pytest.importorskip("mmdet")
+    monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cuda")
+    cfg = load_config(DET, cfg_options={"optim_wrapper.type": "mmengine.AmpOptimWrapper"})
+    cfg.optim_wrapper.update(dtype="bfloat16", loss_scale=64.0)
+    prepare_training(cfg, amp=True)
+    assert (cfg.optim_wrapper.type, cfg.optim_wrapper.loss_scale) == ("mmengine.AmpOptimWrapper", 64.0)
+    assert cfg.optim_wrapper.dtype == "bfloat16"
+    cfg = load_config(DET, cfg_options={"optim_wrapper.type": "ApexOptimWrapper"})
+    with pytest.raises(ConfigError, match="--amp: optim_wrapper.type is 'ApexOptimWrapper', expected 'OptimWrapper'"):
+        prepare_training(cfg, amp=True)
+
+
 def test_testing_flags_of_a_segmentor(weights, tmp_path):
     pytest.importorskip("mmseg")
     cfg = load_config(SEG)
@@ -138,6 +168,21 @@ def test_testing_flags_of_a_segmentor(weights, tmp_path):
     assert cfg.test_dataloader.dataset.pipeline[-1].type == "TestTimeAug"
     assert cfg.test_evaluator.output_dir == str(tmp_path / "out")
     assert cfg.visualizer.save_dir == str(tmp_path / "show")
+
+
+def test_segmentor_without_augmentation_of_its_own_gets_the_usual_one(weights):
+    pytest.importorskip("mmseg")
+    usual, cfg = load_config(SEG), load_config(SEG)
+    cfg.pop("tta_model", None)
+    assert cfg.pop("tta_pipeline") is not None
+    cfg.test_dataloader.dataset.pipeline = [
+        step for step in cfg.test_dataloader.dataset.pipeline if step.type != "Resize"
+    ]
+    prepare_testing(cfg, weights, tta=True)
+    assert cfg.model.type == "SegTTAModel"
+    ours, theirs = (steps[-1].transforms for steps in (cfg.tta_pipeline, usual.tta_pipeline))
+    assert [list(map(dict, group)) for group in ours[:2]] == [list(map(dict, group)) for group in theirs[:2]]
+    assert [[step.type for step in group] for group in ours[2:]] == [["LoadAnnotations"], ["PackSegInputs"]]
 
 
 def test_testing_flags_of_a_detector(weights, tmp_path):
@@ -158,7 +203,54 @@ def test_testing_flags_of_a_detector(weights, tmp_path):
 def test_testing_flags_of_a_classifier(weights, tmp_path):
     pytest.importorskip("mmpretrain")
     cfg = load_config(CLS)
-    prepare_testing(cfg, weights, out=str(tmp_path / "out.pkl"), show_dir=str(tmp_path / "show"), tta=True)
+    with pytest.raises(ConfigError, match="--tta and --show-dir"):
+        prepare_testing(cfg, weights, show_dir=str(tmp_path / "show"), tta=True)
+    prepare_testing(cfg, weights, out=str(tmp_path / "out.pkl"), tta=True)
     assert cfg.test_evaluator[-1].type == "DumpResults"
-    assert cfg.default_hooks.visualization.out_dir == str(tmp_path / "show")
     assert cfg.model.type == "AverageClsScoreTTA"
+    cfg = load_config(CLS)
+    prepare_testing(cfg, weights, show_dir=str(tmp_path / "show"))
+    assert cfg.default_hooks.visualization.out_dir == str(tmp_path / "show")
+
+
+def _digits(tmp_path, task):
+    """Write a digits config with an untrained model and its checkpoint on a few pictures; (config, checkpoint)."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    (path,) = (ROOT / "configs" / task / "digits").glob("*.py")
+    cfg = load_config(str(path))
+    pytest.importorskip(cfg.default_scope)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
+    return model, cfg, str(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("task", ["det", "seg", "cls"])
+def test_weights_of_another_model_are_refused(task, tmp_path):
+    model, _, good = _digits(tmp_path, task)
+    check_weights(model, good)
+    state = model.state_dict()
+    state["backbone.patch_embed.0.weight"] = torch.ones(1, 3, 3, 3)
+    dropped = [name for name in state if name.startswith("backbone.layers.3")]
+    state = {name: value for name, value in state.items() if name not in dropped}
+    torch.save({"state_dict": {**state, "neck.extra": torch.ones(1)}}, tmp_path / "other.pth")
+    pattern = (
+        rf"{len(dropped)} of {len(model.state_dict())} entries missing \['backbone\.layers\.3.*1 unexpected "
+        r"\['neck\.extra'\], 1 of another shape \['backbone\.patch_embed\.0\.weight \(1, 3, 3, 3\) instead of"
+    )
+    with pytest.raises(CheckpointMismatch, match=pattern):
+        check_weights(model, str(tmp_path / "other.pth"))
+
+
+def test_test_py_refuses_weights_of_another_model(tmp_path):
+    data = tmp_path / "data"
+    (data / "crops/val/3").mkdir(parents=True)
+    (config,) = (ROOT / "configs/cls/digits").glob("*.py")
+    _, _, good = _digits(tmp_path, "det")
+    result = _run("test.py", str(config), good, "--work-dir", str(tmp_path / "work"), "--cfg-options",
+                  f"test_dataloader.dataset.data_root={data}")  # fmt: skip
+    assert result.returncode == 1
+    assert "is not of this ImageClassifier" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
