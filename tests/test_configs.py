@@ -1,11 +1,14 @@
 """Every shipped config loads, builds its model and runs one tiny forward."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("mmengine")
+
+from mmengine.config import DictAction
 
 from mmvmamba.apis import load_config
 
@@ -43,6 +46,22 @@ def test_config_builds_and_runs(path):
     leaves = _flatten(output)
     assert leaves
     assert all(leaf.isfinite().all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "vmamba"], ids=_name)
+def test_detectors_and_segmentors_start_from_imagenet(path):
+    """Nobody trains from noise unknowingly; from scratch is one option away."""
+    pytest.importorskip(load_config(str(path)).default_scope)
+    init_cfg = load_config(str(path)).model.backbone.get("init_cfg")
+    if path.relative_to(ROOT / "configs").parts[0] == "cls":
+        assert init_cfg is None
+        return
+    assert init_cfg.type == "Pretrained"
+    assert init_cfg.checkpoint.endswith("/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction)
+    options = parser.parse_args(["--cfg-options", "model.backbone.init_cfg=None"]).cfg_options
+    assert load_config(str(path), cfg_options=options).model.backbone.init_cfg is None
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "vmamba"], ids=_name)

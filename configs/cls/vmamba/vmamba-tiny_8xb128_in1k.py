@@ -1,6 +1,6 @@
 """VMamba-T [s1l8], 300 epochs on ImageNet-1k: mmpretrain's Swin recipe, 8 GPUs x 128 images."""
 
-_base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
+_base_ = ["mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py", "../../_base_/ssm_no_decay.py"]
 
 model = dict(
     backbone=dict(
@@ -12,10 +12,8 @@ model = dict(
     ),
 )
 
-# Norms and biases have no decay in the base; A_logs is a matrix and needs its own rule.
-optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={"A_logs": dict(decay_mult=0.0), "dt_projs_bias": dict(decay_mult=0.0)})
-)
+# Norms and biases have no decay in the base; A_logs and dt_projs_bias are matrices and need their own rule.
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.ssm_no_decay))
 
 train_dataloader = dict(batch_size=128)
 val_dataloader = dict(batch_size=128)
