@@ -14,13 +14,21 @@ PACKAGE = ROOT / "mmvmamba"
 LAYERS = {
     "ops": set(),
     "models": {"ops"},
+    "engine": {"ops", "models"},
     "converters": {"ops", "models"},
+    "datasets": {"ops", "models"},
+    "analysis": {"ops", "models"},
+    "apis": {"ops", "models", "engine", "converters", "datasets", "analysis"},
 }
 #: Part -> third-party packages it may import at module level.
 THIRD_PARTY = {
     "ops": {"torch"},
     "models": {"torch", "mmengine"},
+    "engine": {"torch", "mmengine"},
     "converters": {"torch"},
+    "datasets": {"numpy", "cv2"},
+    "analysis": {"numpy", "cv2", "mmengine"},
+    "apis": {"torch", "mmengine"},
 }
 
 
@@ -54,6 +62,18 @@ def test_scope_prefix_needs_no_custom_imports(scope):
     assert result.stdout.split()[-1] == "mmvmamba.models.backbones.vmamba"
 
 
+def test_hooks_are_found_by_prefix():
+    """In a fresh process, as MMEngine's runner looks them up."""
+    pytest.importorskip("mmengine")
+    result = _python(
+        "from mmengine.registry import HOOKS; import sys\n"
+        "assert not any(name.startswith('mmvmamba') for name in sys.modules)\n"
+        "print(type(HOOKS.build(dict(type='mmvmamba.PretrainedCheckHook'))).__module__)"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "mmvmamba.engine.hooks.pretrained_check_hook"
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
@@ -78,6 +98,14 @@ def _module_imports(path):
                 yield from (alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom) and child.module:
                 yield child.module
+
+
+def test_every_part_has_a_rule():
+    """The rule of CONTRIBUTING.md names each part, and so does this file."""
+    parts = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert parts == set(LAYERS) == set(THIRD_PARTY)
+    rule = (ROOT / "CONTRIBUTING.md").read_text().split("**Imports go one way:**")[1].split("\n\n")[0]
+    assert all(f"`{part}`" in rule for part in parts)
 
 
 @pytest.mark.parametrize("part", LAYERS)

@@ -25,7 +25,7 @@ def check_weights(model: nn.Module, checkpoint: str) -> None:
         CheckpointMismatch: If entries are missing, unexpected or of another shape; the message names some.
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+        model = model.get_submodule("module")
     own, stored = model.state_dict(), read_weights(checkpoint)
     # Checkpoints from before PyTorch 0.4.1 have no such counters, and no test uses them.
     missing = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]

@@ -100,7 +100,9 @@ def convert_state_dict(
 
 
 def to_upstream_state_dict(family: str, form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Rename our entries back to upstream's; the inverse of ``convert_state_dict``, bit for bit and in upstream's order.
+    """Rename our entries back to upstream's; the inverse of ``convert_state_dict``, bit for bit.
+
+    The entries come in upstream's order.
 
     Raises:
         ConfigError: If family or form is unknown.

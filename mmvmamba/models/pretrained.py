@@ -6,7 +6,7 @@ import pickle
 import re
 import urllib.error
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -169,7 +169,7 @@ def _check_file(path: Path) -> None:
 
 
 def _load(path: Path, map_location: Any) -> Any:
-    stubs = [(stub, name) for name, stub in _STUBS.items()]
+    stubs: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(stub, name) for name, stub in _STUBS.items()]
     try:
         with torch.serialization.safe_globals(stubs):
             return torch.load(path, map_location=map_location, weights_only=True)

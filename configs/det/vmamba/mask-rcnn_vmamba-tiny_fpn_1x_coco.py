@@ -3,9 +3,7 @@
 _base_ = ["mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "../../_base_/ssm_no_decay.py"]
 
 # The official ImageNet weights (82.6 % top-1 as published), downloaded when a training starts.
-checkpoint = (
-    "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"
-)
+checkpoint = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"
 model = dict(
     backbone=dict(
         _delete_=True,

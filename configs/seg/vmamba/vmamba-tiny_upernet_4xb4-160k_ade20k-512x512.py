@@ -1,11 +1,12 @@
 """UperNet with VMamba-T [s1l8], 160k iterations on ADE20K at 512x512: mmseg's Swin recipe, 4 GPUs x 4 images."""
 
-_base_ = ["mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py", "../../_base_/ssm_no_decay.py"]
+_base_ = [
+    "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+    "../../_base_/ssm_no_decay.py",
+]
 
 # The official ImageNet weights (82.6 % top-1 as published), downloaded when a training starts.
-checkpoint = (
-    "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"
-)
+checkpoint = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"
 model = dict(
     backbone=dict(
         _delete_=True,

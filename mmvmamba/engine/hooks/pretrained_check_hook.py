@@ -19,10 +19,10 @@ from mmvmamba.registry import HOOKS
 class PretrainedCheckHook(Hook):
     """Compare every module that has a ``Pretrained`` init_cfg with its checkpoint before the first iteration.
 
-    Our own backbones load strictly by themselves, and this hook confirms that nothing has overwritten the weights
-    since. MMEngine loads the checkpoints of all other modules with ``strict=False``: names that do not match are one line in the log, and the
-    training starts from random weights. This hook raises instead. A resumed training, or one with ``load_from``, has
-    other weights on purpose and is not checked.
+    MMEngine loads such a checkpoint with ``strict=False``: names that do not match are one line in the log, and the
+    training starts from random weights. This hook raises instead. Our own backbones load strictly by themselves;
+    for them it confirms that nothing has overwritten the weights since. A resumed training, or one with
+    ``load_from``, has other weights on purpose and is not checked.
 
     Args:
         allow_missing: Beginnings of parameter names that the checkpoint may lack; if it lacks one of them, none is
@@ -51,7 +51,9 @@ class PretrainedCheckHook(Hook):
                 runner.logger.info(self._check(name or "model", module, entry["checkpoint"], entry.get("prefix")))
 
     def _check(self, name: str, module: nn.Module, path: str, prefix: str | None) -> str:
-        stored = module.read_pretrained(path, prefix) if isinstance(module, BaseBackbone) else read_weights(path, prefix)
+        stored = (
+            module.read_pretrained(path, prefix) if isinstance(module, BaseBackbone) else read_weights(path, prefix)
+        )
         problems: list[str] = []
         own = module.state_dict()
         optional = [key for key in own if key.startswith(self.allow_missing)]

@@ -56,6 +56,7 @@ class BaseBackbone(BaseModule):
     old_names: tuple[tuple[str, str], ...] = ()
 
     layers: nn.ModuleList
+    init_cfg: dict | list[dict] | None
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class BaseBackbone(BaseModule):
         return self.get_submodule(f"outnorm{stage}")(x).permute(0, 3, 1, 2).contiguous()
 
     def freeze(self) -> None:
-        """Turn off gradients and training mode of everything ``frozen_stages`` names, and gradients of unused parts.
+        """Turn off gradients and training mode of what ``frozen_stages`` names, and gradients of unused parts.
 
         Unused are the downsampling after the last of ``out_indices`` and all later stages: distributed training
         waits for the gradient of every parameter that wants one. Their names stay in the state dict.
@@ -221,7 +222,9 @@ class BaseBackbone(BaseModule):
             self._load_pretrained(**entry)
         self._is_init = True
 
-    def read_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu") -> dict[str, Tensor]:
+    def read_pretrained(
+        self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu"
+    ) -> dict[str, Tensor]:
         """Return the entries that this backbone takes from a checkpoint, under its own names.
 
         The head of a classifier is left out by name (``classifier_prefixes``), names of old releases become the
@@ -276,7 +279,9 @@ class BaseBackbone(BaseModule):
             ) from error
         total = len(self.state_dict())
         fresh = "" if len(state) == total else "; the out norms start at weight 1 and bias 0"
-        print_log(f"{type(self).__name__}: loaded {len(state)}/{total} entries from {checkpoint}{fresh}", logger="current")
+        print_log(
+            f"{type(self).__name__}: loaded {len(state)}/{total} entries from {checkpoint}{fresh}", logger="current"
+        )
 
 
 def check_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:

@@ -22,7 +22,8 @@ class ChannelsLastConv2d(nn.Conv2d):
     """``nn.Conv2d`` that maps (b, h, w, c) to (b, h', w', c').
 
     The permuted view is a tensor of PyTorch's channels-last memory format, which its convolutions keep, so that
-    neither permutation moves data. In a half-precision model a float32 map (that of the scan) stays float32. A map that is smaller than the kernel even with the convolution's own padding is
+    neither permutation moves data. In a half-precision model a float32 map (that of the scan) stays
+    float32. A map that is smaller than the kernel even with the convolution's own padding is
     padded with zeros at the right and bottom up to the kernel; every other size follows the usual formula.
     """
 

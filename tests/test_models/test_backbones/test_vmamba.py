@@ -65,8 +65,8 @@ def test_the_smallest_images_work_with_every_stem(stem, patch_size, downsample):
 @pytest.mark.parametrize(
     "options",
     [*(dict(out_norm=name) for name in OUT_NORMS), *(dict(scan=name) for name in SCANS), dict(norm="batch_norm"),
-     dict(gated=True, conv_bias=True, d_state=4, patch_embed="patchify", downsample="patch_merging"), dict(out_act=True),
-     dict(gated_mlp=True)],
+     dict(gated=True, conv_bias=True, d_state=4, patch_embed="patchify", downsample="patch_merging"),
+     dict(out_act=True), dict(gated_mlp=True)],
     ids=lambda options: "-".join(map(str, options.values())),
 )  # fmt: skip
 def test_half_models_keep_their_dtype_and_are_close(options, dtype):
