@@ -169,7 +169,7 @@ class BaseBackbone(BaseModule):
             synced = [name for name, module in self.named_modules() if type(module).__name__ == "SyncBatchNorm"]
             if synced:
                 raise ConfigError(
-                    f"{type(self).__name__}: {len(synced)} norms such as {synced[0]!r} were converted to SyncBatchNorm, "
+                    f"{type(self).__name__}: {len(synced)} norms such as {synced[0]!r} became SyncBatchNorm, "
                     "expected the channels-last batch norms they were built with. Remove sync_bn from the config, or "
                     "choose norm='layer_norm' in arch."
                 )

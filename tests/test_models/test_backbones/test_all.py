@@ -117,7 +117,7 @@ def test_norm_eval(backbone):
 @pytest.mark.parametrize("convert", [convert_sync_batchnorm, torch.nn.SyncBatchNorm.convert_sync_batchnorm])
 def test_synchronised_batch_norm_is_refused(backbone, convert):
     model = convert(backbone(dict(dims=[8], depths=[1], norm="batch_norm"), out_indices=(0,)))
-    with pytest.raises(ConfigError, match=r"converted to SyncBatchNorm.*Remove sync_bn"):
+    with pytest.raises(ConfigError, match=r"became SyncBatchNorm.*Remove sync_bn"):
         model.train()
 
 
