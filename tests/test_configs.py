@@ -64,7 +64,7 @@ def test_detectors_and_segmentors_start_from_imagenet(path):
     assert load_config(str(path), cfg_options=options).model.backbone.init_cfg is None
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "vmamba"], ids=_name)
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
 def test_recipe_spares_the_state_space_parameters(path):
     """A_logs, Ds and the bias of the time step have no weight decay, neither have norms; weights have."""
     from mmengine.optim import build_optim_wrapper

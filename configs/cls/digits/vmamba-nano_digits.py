@@ -1,6 +1,6 @@
 """VMamba nano as a classifier of digit crops; its weights start the digits detector and segmentor."""
 
-_base_ = "mmpretrain::_base_/default_runtime.py"
+_base_ = ["mmpretrain::_base_/default_runtime.py", "../../_base_/ssm_no_decay.py"]
 
 data_root = "data/digits/"
 max_iters = 2000
@@ -50,7 +50,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys={"A_logs": dict(decay_mult=0.0), ".Ds": dict(decay_mult=0.0)},
+        custom_keys=_base_.ssm_no_decay,
     ),
 )
 param_scheduler = [

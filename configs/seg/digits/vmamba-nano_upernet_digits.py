@@ -3,7 +3,7 @@
 The backbone starts from the digits classifier (configs/cls/digits/vmamba-nano_digits.py).
 """
 
-_base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime.py"]
+_base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime.py", "../../_base_/ssm_no_decay.py"]
 
 data_root = "data/digits/"
 max_iters = 1600
@@ -80,7 +80,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys={"A_logs": dict(decay_mult=0.0), ".Ds": dict(decay_mult=0.0)},
+        custom_keys=_base_.ssm_no_decay,
     ),
 )
 param_scheduler = [
