@@ -10,7 +10,7 @@ _base_ = [
 ]
 
 data_root = "data/digits/"
-max_iters = 900
+max_iters = 800
 classes = tuple("0123456789")
 channels = 64
 strides = [4, 8, 16, 32]
@@ -115,13 +115,13 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=False, begin=50, end=max_iters),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=450)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=400)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=450, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=400, max_keep_ckpts=1),
 )
 log_processor = dict(window_size=20, by_epoch=False)
 custom_hooks = [dict(type="mmvmamba.PretrainedCheckHook")]
