@@ -64,3 +64,10 @@ def test_python_examples(containing: str, capsys: pytest.CaptureFixture[str]) ->
     exec(compile(code_block(containing), "README.md", "exec"), {})  # noqa: S102
     if "ops" in containing:
         assert "reference" in capsys.readouterr().out
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert not re.findall(r"\b[A-Z]+_(?:TEXT|TABLE|NOTE|SETUP)\b", text)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).is_file(), target
