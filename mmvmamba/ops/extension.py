@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import platform
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -80,12 +80,15 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _load() -> str | None:
     """Load the library if it fits; return why not, or None when it is loaded."""
-    spec = importlib.util.find_spec("mmvmamba._C")
-    if spec is None or spec.origin is None:
+    # Beside this package, not wherever the import system finds the name: an editable install of another checkout
+    # would answer for a copy that has none.
+    package = Path(__file__).parents[1]
+    library = next((path for end in EXTENSION_SUFFIXES if (path := package / f"_C{end}").is_file()), None)
+    if library is None:
         return f"the compiled extension was not built: {REBUILD}"
-    stamp_path = Path(spec.origin).with_name(STAMP_NAME)
+    stamp_path = library.with_name(STAMP_NAME)
     if not stamp_path.is_file():
-        return f"the extension {spec.origin} has no stamp {STAMP_NAME} beside it: {REBUILD}"
+        return f"the extension {library} has no stamp {STAMP_NAME} beside it: {REBUILD}"
     try:
         problem = stamp_problem(read_stamp(stamp_path))
     except (OSError, ValueError) as error:
@@ -93,9 +96,9 @@ def _load() -> str | None:
     if problem is not None:
         return problem
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(library)
     except OSError as error:
-        return f"the extension {spec.origin} cannot be opened ({error}): {REBUILD}"
+        return f"the extension {library} cannot be opened ({error}): {REBUILD}"
     return None
 
 
