@@ -6,9 +6,7 @@ import argparse
 import os
 import sys
 
-from mmengine.config import DictAction
-
-from mmvmamba.apis import build_runner, check_data, check_weights, load_config, prepare_testing
+from mmvmamba.apis import add_shared_arguments, build_runner, check_data, check_weights, load_config, prepare_testing
 from mmvmamba.errors import MMVMambaError
 
 
@@ -21,15 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", help="save predictions: a .pkl file (mmdet, mmpretrain) or a folder (mmseg)")
     parser.add_argument("--show-dir", help="folder for drawn predictions")
     parser.add_argument("--tta", action="store_true", help="use test-time augmentation")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help="overwrite config entries, such as test_dataloader.batch_size=4",
-    )
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by some launchers")
+    add_shared_arguments(parser)
     return parser.parse_args()
 
 

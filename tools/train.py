@@ -6,9 +6,7 @@ import argparse
 import os
 import sys
 
-from mmengine.config import DictAction
-
-from mmvmamba.apis import build_runner, check_data, load_config, prepare_training
+from mmvmamba.apis import add_shared_arguments, build_runner, check_data, load_config, prepare_training
 from mmvmamba.errors import MMVMambaError
 
 
@@ -26,15 +24,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help="overwrite config entries, such as train_dataloader.batch_size=4",
-    )
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by some launchers")
+    add_shared_arguments(parser)
     return parser.parse_args()
 
 

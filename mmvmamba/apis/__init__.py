@@ -1,7 +1,15 @@
 """What the command lines in ``tools/`` do, importable."""
 
 from mmvmamba.apis.data import check_data
-from mmvmamba.apis.runner import build_runner, load_config, prepare_testing, prepare_training
+from mmvmamba.apis.runner import add_shared_arguments, build_runner, load_config, prepare_testing, prepare_training
 from mmvmamba.apis.weights import check_weights
 
-__all__ = ["build_runner", "check_data", "check_weights", "load_config", "prepare_testing", "prepare_training"]
+__all__ = [
+    "add_shared_arguments",
+    "build_runner",
+    "check_data",
+    "check_weights",
+    "load_config",
+    "prepare_testing",
+    "prepare_training",
+]

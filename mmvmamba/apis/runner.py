@@ -5,12 +5,13 @@ The config's ``default_scope`` (mmdet, mmseg or mmpretrain) decides where the fl
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config import utils as config_utils
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
@@ -22,6 +23,19 @@ SCOPES = ("mmdet", "mmseg", "mmpretrain")
 _DET_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
 _SEG_TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that training and testing share to a command line."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="overwrite config entries, such as train_dataloader.batch_size=4",
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by some launchers")
 
 
 def load_config(
