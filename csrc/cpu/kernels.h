@@ -1,5 +1,5 @@
 // Interface between the PyTorch glue (selective_scan.cpp, scan2d.cpp) and the kernels, which are compiled once per
-// instruction set. No header but <stdint.h> may be included here or in kernels_impl.h: an inline function of a library
+// instruction set. No header but <stdint.h> may be included here or in chunk.h: an inline function of a library
 // header compiled with AVX-512 could be picked by the linker for the portable code and crash on an older processor.
 #pragma once
 

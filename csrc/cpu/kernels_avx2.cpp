@@ -6,6 +6,8 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+// GCC does not define its own macros (__AVX2__ ...) for a target set by a pragma.
+#define MMVMAMBA_AVX2
 #include "kernel_table.h"
 
 namespace mmvmamba {

@@ -7,6 +7,8 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #endif
 
+// GCC does not define its own macros (__AVX2__ ...) for a target set by a pragma.
+#define MMVMAMBA_AVX512
 #include "kernel_table.h"
 
 namespace mmvmamba {

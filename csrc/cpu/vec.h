@@ -3,6 +3,9 @@
 #pragma once
 
 #include <stdint.h>
+#if defined(__SSE2__)
+#include <immintrin.h>  // the compiler's own, every function inlined into its caller
+#endif
 
 // Passing 64-byte vectors by value differs between instruction sets; nothing here crosses a translation unit.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -51,87 +54,166 @@ MMVMAMBA_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
-// Sum of the lanes by halving, in a fixed order.
-MMVMAMBA_INLINE float sum_lanes(Vec<float> v) {
-  typedef float V8 __attribute__((vector_size(32)));
-  typedef float V4 __attribute__((vector_size(16)));
-  V8 low8, high8;
-  __builtin_memcpy(&low8, &v, 32);
-  __builtin_memcpy(&high8, reinterpret_cast<const char*>(&v) + 32, 32);
-  const V8 sum8 = low8 + high8;
-  V4 low4, high4;
-  __builtin_memcpy(&low4, &sum8, 16);
-  __builtin_memcpy(&high4, reinterpret_cast<const char*>(&sum8) + 16, 16);
-  const V4 sum4 = low4 + high4;
-  return (sum4[0] + sum4[2]) + (sum4[1] + sum4[3]);
+// The value where the mask is all ones, 0 where it is 0.
+template <typename T>
+MMVMAMBA_INLINE Vec<T> keep(VecMask<T> mask, Vec<T> value) {
+  return (Vec<T>)((VecMask<T>)value & mask);
 }
 
-MMVMAMBA_INLINE double sum_lanes(Vec<double> v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+// The larger and the smaller of a number and a limit; NaN stays NaN. The compilers do not see that x86 has instructions
+// for just this.
+template <typename T>
+MMVMAMBA_INLINE Vec<T> at_least(Vec<T> x, T limit) {
+  return x < limit ? splat(limit) : x;
 }
-
-// exp(x), relative error about 1e-7; 0 below -87.3 (where the result would be denormal), infinity above 88.7.
-MMVMAMBA_INLINE Vec<float> exp_vec(Vec<float> x) {
-  typedef Vec<float> V;
-  typedef VecMask<float> I;
-  // A cast between vector types keeps the bits. Adding 1.5 * 2^23 rounds to an integer, which then stands in the low
-  // bits of the sum.
-  const V magic = splat(12582912.0f);
-  const V shifted = x * 1.442695041f + magic;
-  const V power = shifted - magic;
-  const I exponent = ((I)shifted - (I)magic) << 23;
-  // ln 2 in two parts: the first has few bits, so that its product with the integer is exact.
-  const V g = (x - power * 0.693359375f) + power * 2.12194440e-4f;
-  V p = splat(1.0f / 5040);
-  p = p * g + 1.0f / 720;
-  p = p * g + 1.0f / 120;
-  p = p * g + 1.0f / 24;
-  p = p * g + 1.0f / 6;
-  p = p * g + 0.5f;
-  p = p * g + 1.0f;
-  p = p * g + 1.0f;
-  V result = (V)((I)p + exponent);
-  result = x < -87.33654f ? V{} : result;
-  result = x > 88.72283f ? splat(__builtin_inff()) : result;
-  return x != x ? x : result;
+template <typename T>
+MMVMAMBA_INLINE Vec<T> at_most(Vec<T> x, T limit) {
+  return x > limit ? splat(limit) : x;
 }
-
-MMVMAMBA_INLINE Vec<double> exp_vec(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+#if defined(MMVMAMBA_AVX512)
+template <>
+MMVMAMBA_INLINE Vec<float> at_least(Vec<float> x, float limit) {
+  return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)splat(limit), (__m512)x);
+}
+template <>
+MMVMAMBA_INLINE Vec<float> at_most(Vec<float> x, float limit) {
+  return (Vec<float>)_mm512_maskz_min_ps(0xffff, (__m512)splat(limit), (__m512)x);
+}
+#elif defined(__SSE2__)
+#if defined(MMVMAMBA_AVX2)
+#define MMVMAMBA_HALVES(function) \
+  for (int i = 0; i < 2; ++i) part[i] = _mm256_##function##_ps(_mm256_set1_ps(limit), part[i]);
+typedef __m256 MaxRegister;
+#else
+#define MMVMAMBA_HALVES(function) \
+  for (int i = 0; i < 4; ++i) part[i] = _mm_##function##_ps(_mm_set1_ps(limit), part[i]);
+typedef __m128 MaxRegister;
+#endif
+template <>
+MMVMAMBA_INLINE Vec<float> at_least(Vec<float> x, float limit) {
+  MaxRegister part[sizeof(x) / sizeof(MaxRegister)];
+  __builtin_memcpy(part, &x, sizeof(x));
+  MMVMAMBA_HALVES(max)
+  __builtin_memcpy(&x, part, sizeof(x));
   return x;
 }
+template <>
+MMVMAMBA_INLINE Vec<float> at_most(Vec<float> x, float limit) {
+  MaxRegister part[sizeof(x) / sizeof(MaxRegister)];
+  __builtin_memcpy(part, &x, sizeof(x));
+  MMVMAMBA_HALVES(min)
+  __builtin_memcpy(&x, part, sizeof(x));
+  return x;
+}
+#endif
 
-// log(1 + w) for w in [0, 1], with a small relative error also for tiny w.
-MMVMAMBA_INLINE Vec<float> log1p_unit(Vec<float> w) {
-  // 2 atanh(s), s = w / (2 + w) <= 1/3
-  const Vec<float> s = w / (w + 2.0f);
-  const Vec<float> s2 = s * s;
-  Vec<float> p = splat(2.0f / 13);
-  p = p * s2 + 2.0f / 11;
-  p = p * s2 + 2.0f / 9;
-  p = p * s2 + 2.0f / 7;
-  p = p * s2 + 2.0f / 5;
-  p = p * s2 + 2.0f / 3;
-  p = p * s2 + 2.0f;
-  return p * s;
+// -|x|
+MMVMAMBA_INLINE Vec<float> minus_magnitude(Vec<float> x) { return (Vec<float>)((VecMask<float>)x | INT32_MIN); }
+MMVMAMBA_INLINE Vec<double> minus_magnitude(Vec<double> x) { return (Vec<double>)((VecMask<double>)x | INT64_MIN); }
+
+// 2^f for |f| <= 1/2, relative error about 1e-7, exactly 1 at 0.
+MMVMAMBA_INLINE Vec<float> exp2_fraction(Vec<float> f) {
+  Vec<float> p = splat(1.5353362e-4f);
+  p = p * f + 1.3398874e-3f;
+  p = p * f + 9.6184369e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314718e-1f;
+  return p * f + 1.0f;
 }
 
-MMVMAMBA_INLINE Vec<double> log1p_unit(Vec<double> w) {
-  for (int i = 0; i < kLanes<double>; ++i) w[i] = __builtin_log1p(w[i]);
-  return w;
+// 2^t for t <= 127, relative error about 1e-7, exactly 1 at 0. Below -126 it stays at 2^-126: no denormal, no infinity,
+// so that the product with a state of zero is zero. The result for NaN is unspecified.
+MMVMAMBA_INLINE Vec<float> exp2_bounded(Vec<float> t) {
+  typedef Vec<float> V;
+  typedef VecMask<float> I;
+  t = at_least(t, -126.0f);
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum. A cast between vector types
+  // keeps the bits; the shift leaves the integer in the field of the exponent and drops everything else.
+  const V magic = splat(12582912.0f);
+  const V shifted = t + magic;
+  const V f = t - (shifted - magic);
+  return (V)((I)exp2_fraction(f) + ((I)shifted << 23));
 }
 
-// PyTorch's softplus, the identity beyond 20, and its derivative.
+MMVMAMBA_INLINE Vec<double> exp2_bounded(Vec<double> t) {
+  for (int i = 0; i < kLanes<double>; ++i) t[i] = __builtin_exp2(t[i] < -1022 ? -1022 : t[i]);
+  return t;
+}
+
+// 2^t as the product of two factors, for t from -126 to 254 (nearest of these outside). A decay beyond the type must
+// not become infinite before it meets the state, since infinity times a state of zero is NaN: ((h first) second). The
+// second is a power of two, so that this rounds only once. NaN stays NaN.
+MMVMAMBA_INLINE void exp2_factors(Vec<float> t, Vec<float>& first, Vec<float>& second) {
+  typedef Vec<float> V;
+  typedef VecMask<float> I;
+  const V clamped = at_most(at_least(t, -126.0f), 254.0f);
+  const V magic = splat(12582912.0f);
+  const V shifted = clamped + magic;
+  const V f = clamped - (shifted - magic);
+  const I power = (I)shifted - (I)magic, half = power >> 1;
+  first = (V)((I)exp2_fraction(f) + (half << 23));
+  first = t != t ? t : first;
+  second = (V)((power - half + 127) << 23);
+}
+
+MMVMAMBA_INLINE void exp2_factors(Vec<double> t, Vec<double>& first, Vec<double>& second) {
+  for (int i = 0; i < kLanes<double>; ++i)
+    first[i] = __builtin_exp2(t[i] < -1022 ? -511 : t[i] > 2046 ? 1023 : t[i] / 2);
+  second = first;
+}
+
+// exp(x) for x <= 88, as exp2_bounded.
 template <typename T>
-MMVMAMBA_INLINE Vec<T> softplus(Vec<T> x, Vec<T>& derivative) {
-  typedef Vec<T> V;
-  const T threshold = 20;
-  const V magnitude = x < T(0) ? -x : x;
-  const V e = exp_vec(-magnitude);
-  const V inverse = T(1) / (e + T(1));
-  derivative = x > threshold ? splat(T(1)) : (x < T(0) ? e * inverse : inverse);
-  const V smooth = (x > T(0) ? x : V{}) + log1p_unit(e);
-  return x > threshold ? x : smooth;
+MMVMAMBA_INLINE Vec<T> exp_vec(Vec<T> x) {
+  return exp2_bounded(x * T(1.4426950408889634074));
+}
+
+// log2(1 + e) for e in [0, 1], with a small relative error also for tiny e.
+MMVMAMBA_INLINE Vec<float> log2_1p_unit(Vec<float> e) {
+  typedef Vec<float> V;
+  V p = splat(7.549172733e-3f);
+  p = p * e - 4.256702587e-2f;
+  p = p * e + 1.128561348e-1f;
+  p = p * e - 1.971189231e-1f;
+  p = p * e + 2.756413817e-1f;
+  p = p * e - 3.584084809e-1f;
+  p = p * e + 4.806928729e-1f;
+  p = p * e - 7.213401794e-1f;
+  p = p * e + 1.442695022f;
+  return p * e;
+}
+
+MMVMAMBA_INLINE Vec<double> log2_1p_unit(Vec<double> e) {
+  for (int i = 0; i < kLanes<double>; ++i) e[i] = __builtin_log1p(e[i]) * 1.4426950408889634074;
+  return e;
+}
+
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// Softplus in units of ln 2: log2(1 + 2^z), which is softplus(z ln 2) / ln 2. PyTorch's softplus is the identity beyond
+// 20; in float32 that makes no difference.
+MMVMAMBA_INLINE Vec<float> softplus2(Vec<float> z, Vec<float>& e) {
+  e = exp2_bounded(minus_magnitude(z));
+  return at_least(z, 0.0f) + log2_1p_unit(e);
+}
+
+MMVMAMBA_INLINE Vec<double> softplus2(Vec<double> z, Vec<double>& e) {
+  e = exp2_bounded(minus_magnitude(z));
+  const Vec<double> smooth = at_least(z, 0.0) + log2_1p_unit(e);
+  return z > 20 * kLog2E ? z : smooth;
+}
+
+// The derivative of softplus at z, given e of softplus2.
+MMVMAMBA_INLINE Vec<float> softplus_slope(Vec<float> z, Vec<float> e) {
+  const Vec<float> inverse = 1.0f / (e + 1.0f);
+  return z < 0.0f ? e * inverse : inverse;
+}
+
+MMVMAMBA_INLINE Vec<double> softplus_slope(Vec<double> z, Vec<double> e) {
+  const Vec<double> inverse = 1.0 / (e + 1.0);
+  const Vec<double> smooth = z < 0.0 ? e * inverse : inverse;
+  return z > 20 * kLog2E ? splat(1.0) : smooth;
 }
 
 }  // namespace

@@ -1,0 +1,279 @@
+// A chunk of a scan, forward: kChunk positions of a block of channels.
+//
+// Vector lanes are channels, NV vectors wide; the recurrence runs over positions. An operator points the rows of a
+// chunk at its tensors, or at scratch memory where the numbers do not lie there as whole vectors of type T; the
+// arithmetic is here, once for all operators, and in chunk_backward.h.
+#pragma once
+
+#include "kernels.h"
+#include "tile.h"
+
+namespace mmvmamba {
+namespace {
+
+#define MMVMAMBA_NOINLINE __attribute__((noinline))
+
+template <typename T>
+constexpr int64_t kMaxBlock = 4 * kLanes<T>;
+
+MMVMAMBA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MMVMAMBA_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Channels per task: the widest of 4, 3, 2 vectors that wastes the fewest lanes, preferring an even number of blocks
+// (two threads then get equal work). Depends on the shape alone: the order of sums must not depend on the machine.
+template <typename T>
+int64_t block_width(int64_t channels) {
+  if (channels <= kLanes<T>) return kLanes<T>;
+  int64_t best = 0, best_cost = 0;
+  for (int64_t vectors = 4; vectors >= 2; --vectors) {
+    const int64_t width = vectors * kLanes<T>;
+    const int64_t blocks = ceil_div(channels, width);
+    const int64_t cost = 2 * blocks * width + (blocks % 2);
+    if (best == 0 || cost < best_cost) {
+      best = width;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// Scratch of one thread and the chunk it works on. Arrays over channels have rows of one block; arrays over positions
+// have rows of kChunk.
+template <typename T>
+struct Scratch {
+  // Rows of the present chunk, by position: inputs, output, gradients of the output and of u.
+  const T *u[kChunk], *dt[kChunk], *B[kChunk], *C[kChunk], *dy[kChunk];
+  T *y[kChunk], *du[kChunk];
+
+  T *u_rows, *y_rows, *dy_rows, *du_rows;  // (kChunk, block)
+  T* delta;                                // (kChunk, block); forward: in units of ln 2
+  T* slope;                                // (kChunk, block): derivative of softplus, then gradient of delta's input
+  T *decay, *before;                       // (kChunk + 1, block): of one state; state before the step
+  T* factor;                               // (kChunk, block): the second factor of the decay, see exp2_factors
+  T* ddelta;                               // (kChunk, block)
+  T *h, *q, *A, *dA;                       // (n, block); q: gradient of the state; A: log2 of the decay per delta
+  T *D, *dD, *bias, *dbias;                // (block); bias, W: times log2(e)
+  T *W, *dW;                               // (r, block)
+  T *B_rows, *C_rows;                      // (kChunk, n)
+  T *dB_lanes, *dC_lanes;                  // (kChunk, lanes): before the sum over channels
+  T* dfeatures;                            // (r + 2 n, up to whole tiles; kChunk): gradients of dt, B, C
+  T* dfeature_rows;                        // (kChunk, r + 2 n, up to whole tiles)
+  T* transposed;                           // (block, kChunk)
+  int64_t states, rank, features;          // features: rows of dfeatures
+  bool single;                             // one state, and no decay is above 1
+  int64_t size;
+
+  Scratch(T* base, int64_t n, int64_t r) : states(n), rank(r), single(false) {
+    constexpr int64_t kRow = kMaxBlock<T>;
+    features = ceil_div(r + 2 * n, 16) * 16;
+    size = 0;
+    auto take = [base, this](int64_t elements) {
+      T* here = base == nullptr ? nullptr : base + size;
+      size += ceil_div(elements, kLanes<T>) * kLanes<T>;
+      return here;
+    };
+    u_rows = take(kChunk * kRow);
+    y_rows = take(kChunk * kRow);
+    dy_rows = take(kChunk * kRow);
+    du_rows = take(kChunk * kRow);
+    delta = take(kChunk * kRow);
+    slope = take(kChunk * kRow);
+    ddelta = take(kChunk * kRow);
+    transposed = take(kChunk * kRow);
+    decay = take((kChunk + 1) * kRow);
+    before = take((kChunk + 1) * kRow);
+    factor = take(kChunk * kRow);
+    h = take(n * kRow);
+    q = take(n * kRow);
+    A = take(n * kRow);
+    dA = take(n * kRow);
+    D = take(kRow);
+    dD = take(kRow);
+    bias = take(kRow);
+    dbias = take(kRow);
+    W = take(r * kRow);
+    dW = take(r * kRow);
+    B_rows = take(kChunk * n);
+    C_rows = take(kChunk * n);
+    dB_lanes = take(kChunk * kLanes<T>);
+    dC_lanes = take(kChunk * kLanes<T>);
+    dfeatures = take(features * kChunk);
+    dfeature_rows = take(features * kChunk);
+  }
+};
+
+// Elements of scratch that a thread needs.
+template <typename T>
+int64_t workspace(int64_t states, int64_t rank) {
+  return Scratch<T>(nullptr, states, rank).size;
+}
+
+template <typename T>
+MMVMAMBA_INLINE void fill(T* p, int64_t count, T value) {
+  for (int64_t i = 0; i < count; ++i) p[i] = value;
+}
+
+// Copy `width` channels and pad the row with zeros up to the block.
+template <typename T>
+MMVMAMBA_INLINE void load_row(T* row, const T* source, int64_t width, int64_t block) {
+  __builtin_memcpy(row, source, width * sizeof(T));
+  for (int64_t c = width; c < block; ++c) row[c] = T(0);
+}
+
+template <typename T>
+MMVMAMBA_INLINE void store_row(T* target, const T* row, int64_t width) {
+  __builtin_memcpy(target, row, width * sizeof(T));
+}
+
+template <typename T>
+MMVMAMBA_INLINE void add_row(T* target, const T* row, int64_t width) {
+  for (int64_t c = 0; c < width; ++c) target[c] += row[c];
+}
+
+// Parameters of a block of channels, A (d, n), W (d, r), D and bias (d), as the chunks want them: rows of channels,
+// padded with zeros; W and bias in units of ln 2. W, D and bias may be null. kBackward: of the backward pass.
+template <typename T, int NV, bool kBackward>
+MMVMAMBA_NOINLINE void load_parameters(Scratch<T>& s, const T* A, const T* W, const T* D, const T* bias, int64_t width,
+                                       bool use_softplus) {
+  constexpr int64_t block = NV * kLanes<T>;
+  fill(s.A, s.states * block, T(0));
+  transpose(s.A, block, A, s.states, width, s.states);
+  s.single = use_softplus && s.states == 1;
+  for (int64_t i = 0; i < s.states * block; ++i) s.single = s.single && s.A[i] <= T(0);
+  // Forward, delta is in units of ln 2, so that A delta is the binary logarithm of the decay. Backward it is not.
+  if (kBackward)
+    for (int64_t i = 0; i < s.states * block; ++i) s.A[i] *= T(kLog2E);
+  fill(s.W, s.rank * block, T(0));
+  if (W != nullptr) transpose(s.W, block, W, s.rank, width, s.rank);
+  for (int64_t i = 0; i < s.rank * block; ++i) s.W[i] *= T(kLog2E);
+  fill(s.D, block, T(0));
+  if (D != nullptr) store_row(s.D, D, width);
+  fill(s.bias, block, T(0));
+  if (bias != nullptr)
+    for (int64_t c = 0; c < width; ++c) s.bias[c] = bias[c] * T(kLog2E);
+}
+
+// delta and its slope at position t from z, the input of softplus in units of ln 2.
+template <typename T, bool kBackward>
+MMVMAMBA_INLINE void finish_delta(Scratch<T>& s, int64_t at, Vec<T> z, bool use_softplus) {
+  Vec<T> delta = z;
+  if (use_softplus) {
+    Vec<T> e;
+    delta = softplus2(z, e);
+    if (kBackward) store<T>(s.slope + at, softplus_slope(z, e));
+  } else if (kBackward) {
+    store<T>(s.slope + at, splat(T(1)));
+  }
+  store<T>(s.delta + at, kBackward ? delta * T(kLn2) : delta);
+}
+
+// Positions whose projections share the loads of W.
+#if MMVMAMBA_WHOLE_VECTOR_SHUFFLES
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 2;
+#endif
+
+template <typename T, int NV, int kPositions, bool kBackward>
+MMVMAMBA_INLINE void project_positions(Scratch<T>& s, int64_t t, bool use_softplus) {
+  typedef Vec<T> V;
+  constexpr int64_t block = NV * kLanes<T>;
+  V z[kPositions][NV];
+  for (int p = 0; p < kPositions; ++p)
+    for (int v = 0; v < NV; ++v) z[p][v] = load(s.bias + v * kLanes<T>);
+  for (int64_t r = 0; r < s.rank; ++r) {
+    V w[NV];
+    for (int v = 0; v < NV; ++v) w[v] = load(s.W + r * block + v * kLanes<T>);
+    for (int p = 0; p < kPositions; ++p) {
+      const T dt = s.dt[t + p][r];
+      for (int v = 0; v < NV; ++v) z[p][v] += w[v] * dt;
+    }
+  }
+  for (int p = 0; p < kPositions; ++p)
+    for (int v = 0; v < NV; ++v) finish_delta<T, kBackward>(s, (t + p) * block + v * kLanes<T>, z[p][v], use_softplus);
+}
+
+// The step sizes of a chunk from the features s.dt.
+template <typename T, int NV, bool kBackward>
+MMVMAMBA_NOINLINE void project_chunk(Scratch<T>& s, int64_t steps, bool use_softplus) {
+  int64_t t = 0;
+  for (; t + kTogether <= steps; t += kTogether) project_positions<T, NV, kTogether, kBackward>(s, t, use_softplus);
+  for (; t < steps; ++t) project_positions<T, NV, 1, kBackward>(s, t, use_softplus);
+}
+
+// The step sizes of a chunk from s.delta, which holds them before the bias.
+template <typename T, int NV, bool kBackward>
+MMVMAMBA_NOINLINE void finish_chunk(Scratch<T>& s, int64_t steps, bool use_softplus) {
+  constexpr int64_t block = NV * kLanes<T>;
+  for (int64_t t = 0; t < steps; ++t)
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = t * block + v * kLanes<T>;
+      const Vec<T> z = load(s.delta + at) * T(kLog2E) + load(s.bias + v * kLanes<T>);
+      finish_delta<T, kBackward>(s, at, z, use_softplus);
+    }
+}
+
+// One state of a chunk: h is carried through, y receives C h.
+template <typename T, int NV>
+MMVMAMBA_INLINE void scan_state(Scratch<T>& s, int64_t n, int64_t steps, bool add_to_y) {
+  typedef Vec<T> V;
+  constexpr int64_t block = NV * kLanes<T>;
+  V A[NV], h[NV];
+  for (int v = 0; v < NV; ++v) {
+    A[v] = load(s.A + n * block + v * kLanes<T>);
+    h[v] = load(s.h + n * block + v * kLanes<T>);
+  }
+  for (int64_t t = 0; t < steps; ++t) {
+    const T B = s.B[t][n] * T(kLn2), C = s.C[t][n];
+    T* y = s.y[t];
+    for (int v = 0; v < NV; ++v) {
+      const V delta = load(s.delta + t * block + v * kLanes<T>), u = load(s.u[t] + v * kLanes<T>);
+      V first, second;
+      exp2_factors(delta * A[v], first, second);
+      h[v] = h[v] * first * second + delta * u * B;
+      V sum = h[v] * C;
+      if (n == 0) sum += load(s.D + v * kLanes<T>) * u;
+      if (n > 0 || add_to_y) sum += load(y + v * kLanes<T>);
+      store<T>(y + v * kLanes<T>, sum);
+    }
+  }
+  for (int v = 0; v < NV; ++v) store<T>(s.h + n * block + v * kLanes<T>, h[v]);
+}
+
+// The same for the only state of a model whose decays are at most 1, VMamba's case.
+template <typename T, int NV>
+MMVMAMBA_INLINE void scan_single_state(Scratch<T>& s, int64_t steps, bool add_to_y) {
+  typedef Vec<T> V;
+  constexpr int64_t block = NV * kLanes<T>;
+  V A[NV], h[NV];
+  for (int v = 0; v < NV; ++v) {
+    A[v] = load(s.A + v * kLanes<T>);
+    h[v] = load(s.h + v * kLanes<T>);
+  }
+  for (int64_t t = 0; t < steps; ++t) {
+    const T B = *s.B[t] * T(kLn2), C = *s.C[t];
+    T* y = s.y[t];
+    for (int v = 0; v < NV; ++v) {
+      const V delta = load(s.delta + t * block + v * kLanes<T>), u = load(s.u[t] + v * kLanes<T>);
+      h[v] = h[v] * exp2_bounded(delta * A[v]) + delta * u * B;
+      V sum = load(s.D + v * kLanes<T>) * u + h[v] * C;
+      if (add_to_y) sum += load(y + v * kLanes<T>);
+      store<T>(y + v * kLanes<T>, sum);
+    }
+  }
+  for (int v = 0; v < NV; ++v) store<T>(s.h + v * kLanes<T>, h[v]);
+}
+
+// y = D u + sum over states of C h, or added to what y holds, for one chunk; the states s.h are carried on.
+template <typename T, int NV>
+MMVMAMBA_NOINLINE void scan_chunk(Scratch<T>& s, int64_t steps, bool add_to_y) {
+  if (s.single) {
+    if (add_to_y) return scan_single_state<T, NV>(s, steps, true);
+    return scan_single_state<T, NV>(s, steps, false);
+  }
+  scan_state<T, NV>(s, 0, steps, add_to_y);
+  for (int64_t n = 1; n < s.states; ++n) scan_state<T, NV>(s, n, steps, true);
+}
+
+}  // namespace
+}  // namespace mmvmamba
