@@ -60,10 +60,10 @@ struct Scratch {
   T* dfeature_rows;                        // (kChunk, r + 2 n, up to whole tiles)
   T* transposed;                           // (block, kChunk)
   int64_t states, rank, features;          // features: rows of dfeatures
-  bool single;                             // one state, and no decay is above 1
+  bool bounded;                            // no decay is above 1
   int64_t size;
 
-  Scratch(T* base, int64_t n, int64_t r) : states(n), rank(r), single(false) {
+  Scratch(T* base, int64_t n, int64_t r) : states(n), rank(r), bounded(false) {
     constexpr int64_t kRow = kMaxBlock<T>;
     features = ceil_div(r + 2 * n, 16) * 16;
     size = 0;
@@ -138,8 +138,8 @@ MMVMAMBA_NOINLINE void load_parameters(Scratch<T>& s, const T* A, const T* W, co
   constexpr int64_t block = NV * kLanes<T>;
   fill(s.A, s.states * block, T(0));
   transpose(s.A, block, A, s.states, width, s.states);
-  s.single = use_softplus && s.states == 1;
-  for (int64_t i = 0; i < s.states * block; ++i) s.single = s.single && s.A[i] <= T(0);
+  s.bounded = use_softplus;
+  for (int64_t i = 0; i < s.states * block; ++i) s.bounded = s.bounded && s.A[i] <= T(0);
   // Forward, delta is in units of ln 2, so that A delta is the binary logarithm of the decay. Backward it is not.
   if (kBackward)
     for (int64_t i = 0; i < s.states * block; ++i) s.A[i] *= T(kLog2E);
@@ -153,18 +153,18 @@ MMVMAMBA_NOINLINE void load_parameters(Scratch<T>& s, const T* A, const T* W, co
     for (int64_t c = 0; c < width; ++c) s.bias[c] = bias[c] * T(kLog2E);
 }
 
-// delta and its slope at position t from z, the input of softplus in units of ln 2.
+// delta and its slope from z, the input of softplus in units of ln 2.
 template <typename T, bool kBackward>
-MMVMAMBA_INLINE void finish_delta(Scratch<T>& s, int64_t at, Vec<T> z, bool use_softplus) {
+MMVMAMBA_INLINE void finish_delta(T* delta_at, T* slope_at, Vec<T> z, bool use_softplus) {
   Vec<T> delta = z;
   if (use_softplus) {
     Vec<T> e;
     delta = softplus2(z, e);
-    if (kBackward) store<T>(s.slope + at, softplus_slope(z, e));
+    if (kBackward) store<T>(slope_at, softplus_slope(z, e));
   } else if (kBackward) {
-    store<T>(s.slope + at, splat(T(1)));
+    store<T>(slope_at, splat(T(1)));
   }
-  store<T>(s.delta + at, kBackward ? delta * T(kLn2) : delta);
+  store<T>(delta_at, kBackward ? delta * T(kLn2) : delta);
 }
 
 // Positions whose projections share the loads of W.
@@ -178,19 +178,26 @@ template <typename T, int NV, int kPositions, bool kBackward>
 MMVMAMBA_INLINE void project_positions(Scratch<T>& s, int64_t t, bool use_softplus) {
   typedef Vec<T> V;
   constexpr int64_t block = NV * kLanes<T>;
+  const T *W = s.W, *rows[kPositions];
   V z[kPositions][NV];
-  for (int p = 0; p < kPositions; ++p)
+  for (int p = 0; p < kPositions; ++p) {
+    rows[p] = s.dt[t + p];
     for (int v = 0; v < NV; ++v) z[p][v] = load(s.bias + v * kLanes<T>);
-  for (int64_t r = 0; r < s.rank; ++r) {
+  }
+  for (int64_t r = 0, rank = s.rank; r < rank; ++r) {
     V w[NV];
-    for (int v = 0; v < NV; ++v) w[v] = load(s.W + r * block + v * kLanes<T>);
+    for (int v = 0; v < NV; ++v) w[v] = load(W + r * block + v * kLanes<T>);
     for (int p = 0; p < kPositions; ++p) {
-      const T dt = s.dt[t + p][r];
+      const T dt = rows[p][r];
       for (int v = 0; v < NV; ++v) z[p][v] += w[v] * dt;
     }
   }
+  T *const delta = s.delta, *const slope = s.slope;
   for (int p = 0; p < kPositions; ++p)
-    for (int v = 0; v < NV; ++v) finish_delta<T, kBackward>(s, (t + p) * block + v * kLanes<T>, z[p][v], use_softplus);
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = (t + p) * block + v * kLanes<T>;
+      finish_delta<T, kBackward>(delta + at, slope + at, z[p][v], use_softplus);
+    }
 }
 
 // The step sizes of a chunk from the features s.dt.
@@ -209,70 +216,75 @@ MMVMAMBA_NOINLINE void finish_chunk(Scratch<T>& s, int64_t steps, bool use_softp
     for (int v = 0; v < NV; ++v) {
       const int64_t at = t * block + v * kLanes<T>;
       const Vec<T> z = load(s.delta + at) * T(kLog2E) + load(s.bias + v * kLanes<T>);
-      finish_delta<T, kBackward>(s, at, z, use_softplus);
+      finish_delta<T, kBackward>(s.delta + at, s.slope + at, z, use_softplus);
     }
 }
 
-// One state of a chunk: h is carried through, y receives C h.
-template <typename T, int NV>
-MMVMAMBA_INLINE void scan_state(Scratch<T>& s, int64_t n, int64_t steps, bool add_to_y) {
+// kStates states of a chunk from state n on: they are carried through, y receives the sum of C h. kBounded: no decay is
+// above 1.
+template <typename T, int NV, int kStates, bool kBounded>
+MMVMAMBA_INLINE void scan_states(Scratch<T>& s, int64_t n, int64_t steps, bool first, bool add_to_y) {
   typedef Vec<T> V;
   constexpr int64_t block = NV * kLanes<T>;
-  V A[NV], h[NV];
-  for (int v = 0; v < NV; ++v) {
-    A[v] = load(s.A + n * block + v * kLanes<T>);
-    h[v] = load(s.h + n * block + v * kLanes<T>);
-  }
-  for (int64_t t = 0; t < steps; ++t) {
-    const T B = s.B[t][n] * T(kLn2), C = s.C[t][n];
-    T* y = s.y[t];
+  // Copies of the pointers: the compiler would load them again after every store.
+  const T *const deltas = s.delta, *const D = s.D;
+  V A[kStates][NV], h[kStates][NV];
+  for (int i = 0; i < kStates; ++i)
     for (int v = 0; v < NV; ++v) {
-      const V delta = load(s.delta + t * block + v * kLanes<T>), u = load(s.u[t] + v * kLanes<T>);
-      V first, second;
-      exp2_factors(delta * A[v], first, second);
-      h[v] = h[v] * first * second + delta * u * B;
-      V sum = h[v] * C;
-      if (n == 0) sum += load(s.D + v * kLanes<T>) * u;
-      if (n > 0 || add_to_y) sum += load(y + v * kLanes<T>);
+      A[i][v] = load(s.A + (n + i) * block + v * kLanes<T>);
+      h[i][v] = load(s.h + (n + i) * block + v * kLanes<T>);
+    }
+  for (int64_t t = 0; t < steps; ++t) {
+    T B[kStates], C[kStates];
+    for (int i = 0; i < kStates; ++i) {
+      B[i] = s.B[t][n + i] * T(kLn2);
+      C[i] = s.C[t][n + i];
+    }
+    const T* const u_row = s.u[t];
+    T* const y = s.y[t];
+    for (int v = 0; v < NV; ++v) {
+      const V delta = load(deltas + t * block + v * kLanes<T>), u = load(u_row + v * kLanes<T>);
+      const V input = delta * u;
+      V sum = first ? load(D + v * kLanes<T>) * u : load(y + v * kLanes<T>);
+      if (first && add_to_y) sum += load(y + v * kLanes<T>);
+      for (int i = 0; i < kStates; ++i) {
+        if constexpr (kBounded) {
+          h[i][v] = h[i][v] * exp2_bounded(delta * A[i][v]) + input * B[i];
+        } else {
+          V factor, power;
+          exp2_factors(delta * A[i][v], factor, power);
+          h[i][v] = h[i][v] * factor * power + input * B[i];
+        }
+        sum += h[i][v] * C[i];
+      }
       store<T>(y + v * kLanes<T>, sum);
     }
   }
-  for (int v = 0; v < NV; ++v) store<T>(s.h + n * block + v * kLanes<T>, h[v]);
+  for (int i = 0; i < kStates; ++i)
+    for (int v = 0; v < NV; ++v) store<T>(s.h + (n + i) * block + v * kLanes<T>, h[i][v]);
 }
 
-// The same for the only state of a model whose decays are at most 1, VMamba's case.
-template <typename T, int NV>
-MMVMAMBA_INLINE void scan_single_state(Scratch<T>& s, int64_t steps, bool add_to_y) {
-  typedef Vec<T> V;
-  constexpr int64_t block = NV * kLanes<T>;
-  V A[NV], h[NV];
-  for (int v = 0; v < NV; ++v) {
-    A[v] = load(s.A + v * kLanes<T>);
-    h[v] = load(s.h + v * kLanes<T>);
+template <typename T, int NV, bool kBounded>
+MMVMAMBA_INLINE void scan_all_states(Scratch<T>& s, int64_t steps, bool add_to_y) {
+  int64_t n = s.states % 2;
+  if (n == 0) {
+    scan_states<T, NV, 2, kBounded>(s, 0, steps, true, add_to_y);
+    n = 2;
+  } else if (add_to_y) {  // the most frequent case gets a loop without the question
+    scan_states<T, NV, 1, kBounded>(s, 0, steps, true, true);
+  } else {
+    scan_states<T, NV, 1, kBounded>(s, 0, steps, true, false);
   }
-  for (int64_t t = 0; t < steps; ++t) {
-    const T B = *s.B[t] * T(kLn2), C = *s.C[t];
-    T* y = s.y[t];
-    for (int v = 0; v < NV; ++v) {
-      const V delta = load(s.delta + t * block + v * kLanes<T>), u = load(s.u[t] + v * kLanes<T>);
-      h[v] = h[v] * exp2_bounded(delta * A[v]) + delta * u * B;
-      V sum = load(s.D + v * kLanes<T>) * u + h[v] * C;
-      if (add_to_y) sum += load(y + v * kLanes<T>);
-      store<T>(y + v * kLanes<T>, sum);
-    }
-  }
-  for (int v = 0; v < NV; ++v) store<T>(s.h + v * kLanes<T>, h[v]);
+  for (; n < s.states; n += 2) scan_states<T, NV, 2, kBounded>(s, n, steps, false, true);
 }
 
 // y = D u + sum over states of C h, or added to what y holds, for one chunk; the states s.h are carried on.
 template <typename T, int NV>
 MMVMAMBA_NOINLINE void scan_chunk(Scratch<T>& s, int64_t steps, bool add_to_y) {
-  if (s.single) {
-    if (add_to_y) return scan_single_state<T, NV>(s, steps, true);
-    return scan_single_state<T, NV>(s, steps, false);
-  }
-  scan_state<T, NV>(s, 0, steps, add_to_y);
-  for (int64_t n = 1; n < s.states; ++n) scan_state<T, NV>(s, n, steps, true);
+  if (s.bounded)
+    scan_all_states<T, NV, true>(s, steps, add_to_y);
+  else
+    scan_all_states<T, NV, false>(s, steps, add_to_y);
 }
 
 }  // namespace

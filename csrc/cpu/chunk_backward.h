@@ -32,17 +32,21 @@ template <typename T, int NV, bool kBounded>
 MMVMAMBA_INLINE void replay_state(Scratch<T>& s, int64_t n, int64_t steps) {
   typedef Vec<T> V;
   constexpr int64_t block = NV * kLanes<T>;
+  // Copies of the pointers: the compiler would load them again after every store.
+  const T* const deltas = s.delta;
+  T *const decays = s.decay, *const factors = s.factor, *const befores = s.before;
   V A[NV], h[NV];
   for (int v = 0; v < NV; ++v) {
     A[v] = load(s.A + n * block + v * kLanes<T>);
     h[v] = load(s.h + n * block + v * kLanes<T>);
-    store<T>(s.before + v * kLanes<T>, h[v]);
+    store<T>(befores + v * kLanes<T>, h[v]);
   }
   for (int64_t t = 0; t < steps; ++t) {
     const T B = s.B[t][n];
+    const T* const u_row = s.u[t];
     for (int v = 0; v < NV; ++v) {
       const int64_t at = t * block + v * kLanes<T>;
-      const V delta = load(s.delta + at), u = load(s.u[t] + v * kLanes<T>);
+      const V delta = load(deltas + at), u = load(u_row + v * kLanes<T>);
       V decay;
       if constexpr (kBounded) {
         decay = exp2_bounded(delta * A[v]);
@@ -51,10 +55,10 @@ MMVMAMBA_INLINE void replay_state(Scratch<T>& s, int64_t n, int64_t steps) {
         V second;
         exp2_factors(delta * A[v], decay, second);
         h[v] = h[v] * decay * second + delta * u * B;
-        store<T>(s.factor + at, second);
+        store<T>(factors + at, second);
       }
-      store<T>(s.decay + at, decay);
-      store<T>(s.before + at + block, h[v]);
+      store<T>(decays + at, decay);
+      store<T>(befores + at + block, h[v]);
     }
   }
 }
@@ -65,6 +69,9 @@ MMVMAMBA_INLINE void adjoint_state(Scratch<T>& s, int64_t n, int64_t steps, bool
                                    ChannelSums<T, NV>& sums) {
   typedef Vec<T> V;
   constexpr int64_t block = NV * kLanes<T>;
+  const T *const deltas = s.delta, *const decays = s.decay, *const factors = s.factor, *const befores = s.before;
+  const T* const D = s.D;
+  T *const ddeltas = s.ddelta, *const dB_lanes = s.dB_lanes, *const dC_lanes = s.dC_lanes;
   V A[NV], q[NV];
   // s.A is the binary logarithm of the decay per delta.
   for (int v = 0; v < NV; ++v) {
@@ -73,13 +80,15 @@ MMVMAMBA_INLINE void adjoint_state(Scratch<T>& s, int64_t n, int64_t steps, bool
   }
   for (int64_t t = steps - 1; t >= 0; --t) {
     const T B = s.B[t][n], C = s.C[t][n];
+    const T *const dy_row = s.dy[t], *const u_row = s.u[t];
+    T* const du_row = s.du[t];
     V dB{}, dC{};
     for (int v = 0; v < NV; ++v) {
       const int64_t at = t * block + v * kLanes<T>;
-      const V dy = load(s.dy[t] + v * kLanes<T>), u = load(s.u[t] + v * kLanes<T>);
-      const V delta = load(s.delta + at), decay = load(s.decay + at), before = load(s.before + at);
+      const V dy = load(dy_row + v * kLanes<T>), u = load(u_row + v * kLanes<T>);
+      const V delta = load(deltas + at), decay = load(decays + at), before = load(befores + at);
       const V dh = q[v] + dy * C;
-      dC += keep<T>(mask.valid[v], dy * load(s.before + at + block));
+      dC += keep<T>(mask.valid[v], dy * load(befores + at + block));
       dB += keep<T>(mask.valid[v], dh * (delta * u));
       const V dinput = dh * B;  // gradient of delta u
       V drate;                  // gradient of delta A
@@ -87,25 +96,25 @@ MMVMAMBA_INLINE void adjoint_state(Scratch<T>& s, int64_t n, int64_t steps, bool
         q[v] = dh * decay;
         drate = q[v] * before;
       } else {
-        const V second = load(s.factor + at);
+        const V second = load(factors + at);
         q[v] = dh * decay * second;
         drate = dh * (before * decay * second);
       }
       sums.dA[v] += drate * delta;
       V du = dinput * delta, ddelta = drate * A[v] + dinput * u;
       if constexpr (kFirst) {
-        du += load(s.D + v * kLanes<T>) * dy;
+        du += load(D + v * kLanes<T>) * dy;
         sums.dD[v] += dy * u;
-        if (add_to_du) du += load(s.du[t] + v * kLanes<T>);
+        if (add_to_du) du += load(du_row + v * kLanes<T>);
       } else {
-        du += load(s.du[t] + v * kLanes<T>);
-        ddelta += load(s.ddelta + at);
+        du += load(du_row + v * kLanes<T>);
+        ddelta += load(ddeltas + at);
       }
-      store<T>(s.du[t] + v * kLanes<T>, du);
-      store<T>(s.ddelta + at, ddelta);
+      store<T>(du_row + v * kLanes<T>, du);
+      store<T>(ddeltas + at, ddelta);
     }
-    store<T>(s.dB_lanes + t * kLanes<T>, dB);
-    store<T>(s.dC_lanes + t * kLanes<T>, dC);
+    store<T>(dB_lanes + t * kLanes<T>, dB);
+    store<T>(dC_lanes + t * kLanes<T>, dC);
   }
   for (int v = 0; v < NV; ++v) store<T>(s.q + n * block + v * kLanes<T>, q[v]);
 }
@@ -134,6 +143,12 @@ MMVMAMBA_INLINE void state_backward(Scratch<T>& s, int64_t n, int64_t steps, boo
   }
 }
 
+template <typename T, int NV, bool kBounded>
+MMVMAMBA_INLINE void states_backward(Scratch<T>& s, int64_t steps, bool add_to_du, const LaneMask<T, NV>& mask) {
+  state_backward<T, NV, kBounded, true>(s, 0, steps, add_to_du, mask);
+  for (int64_t n = 1; n < s.states; ++n) state_backward<T, NV, kBounded, false>(s, n, steps, true, mask);
+}
+
 // Gradients of one chunk. In: rows u, dy, B, C; s.h, the states before the chunk; s.q, the gradient of the states after
 // it. Out: rows du (added to if add_to_du); s.ddelta, of what goes into softplus; rows r .. r + 2 n of dfeatures, of B
 // and C. s.q, s.dA, s.dD, s.dbias are carried on.
@@ -141,12 +156,10 @@ template <typename T, int NV>
 MMVMAMBA_NOINLINE void scan_chunk_backward(Scratch<T>& s, int64_t steps, bool add_to_du, int64_t width) {
   constexpr int64_t block = NV * kLanes<T>;
   const LaneMask<T, NV> mask(width);
-  if (s.single) {
-    state_backward<T, NV, true, true>(s, 0, steps, add_to_du, mask);
-  } else {
-    state_backward<T, NV, false, true>(s, 0, steps, add_to_du, mask);
-    for (int64_t n = 1; n < s.states; ++n) state_backward<T, NV, false, false>(s, n, steps, true, mask);
-  }
+  if (s.bounded)
+    states_backward<T, NV, true>(s, steps, add_to_du, mask);
+  else
+    states_backward<T, NV, false>(s, steps, add_to_du, mask);
   Vec<T> dbias[NV];
   for (int v = 0; v < NV; ++v) dbias[v] = Vec<T>{};
   for (int64_t t = 0; t < steps; ++t)

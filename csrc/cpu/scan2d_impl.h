@@ -59,6 +59,14 @@ MMVMAMBA_INLINE const T* whole_row(const T* source, T* scratch, int64_t width) {
   return scratch;
 }
 
+// Routes along columns and permutations read lines that no hardware prefetcher foresees; ask for those of the next
+// chunk.
+template <typename T, int NV>
+MMVMAMBA_INLINE void prefetch_rows(const T* map, int64_t channels, const int64_t* pixels, int64_t steps) {
+  for (int64_t t = 0; t < steps; ++t)
+    for (int v = 0; v < NV; ++v) __builtin_prefetch(map + pixels[t] * channels + v * kLanes<T>);
+}
+
 template <typename T, int NV>
 MMVMAMBA_INLINE void gather_chunk(const Scan2dArgs<T>& a, Scratch<T>& s, const MapTask<T>& task, int64_t route,
                                   const int64_t* pixels, int64_t steps) {
@@ -99,7 +107,7 @@ MMVMAMBA_INLINE void scan2d_route(const Scan2dArgs<T>& a, Scratch<T>& s, const M
   const int64_t chunks = ceil_div(a.length, kChunk), map = a.height * a.width;
   const bool whole = task.width == block;
   T* out = a.out + task.batch * map * a.channels + task.first;
-  int64_t pixels[kChunk];
+  int64_t pixels[kChunk], next_pixels[kChunk];
   load_route<T, NV, false>(a, s, task, route);
   fill(s.h, a.states * block, T(0));
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -109,6 +117,12 @@ MMVMAMBA_INLINE void scan2d_route(const Scan2dArgs<T>& a, Scratch<T>& s, const M
       for (int64_t n = 0; n < a.states; ++n)
         store_row(a.carries + (carry + n) * a.channels + task.first, s.h + n * block, task.width);
     visited_pixels(a, route, start, steps, pixels);
+    if (chunk + 1 < chunks) {
+      const int64_t next_steps = min_of(kChunk, a.length - start - kChunk);
+      visited_pixels(a, route, start + kChunk, next_steps, next_pixels);
+      prefetch_rows<T, NV>(a.x + task.batch * map * a.channels + task.first, a.channels, next_pixels, next_steps);
+      if (add) prefetch_rows<T, NV>(out, a.channels, next_pixels, next_steps);
+    }
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
     for (int64_t t = 0; t < steps; ++t) s.y[t] = whole ? out + pixels[t] * a.channels : s.y_rows + t * block;
     project_chunk<T, NV, false>(s, steps, a.delta_softplus);
@@ -151,13 +165,20 @@ MMVMAMBA_INLINE void scan2d_route_backward(const Scan2dArgs<T>& a, Scratch<T>& s
   constexpr int64_t block = NV * kLanes<T>;
   const int64_t chunks = ceil_div(a.length, kChunk), map = a.height * a.width;
   const bool whole = task.width == block;
-  int64_t pixels[kChunk];
+  int64_t pixels[kChunk], next_pixels[kChunk];
   load_route<T, NV, true>(a, s, task, route);
   clear_gradients<T, NV>(s);
   fill(s.q, a.states * block, T(0));
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * kChunk, steps = min_of(kChunk, a.length - start);
     visited_pixels(a, route, start, steps, pixels);
+    if (chunk > 0) {
+      visited_pixels(a, route, start - kChunk, kChunk, next_pixels);
+      const int64_t at = task.batch * map * a.channels + task.first;
+      prefetch_rows<T, NV>(a.x + at, a.channels, next_pixels, kChunk);
+      prefetch_rows<T, NV>(a.grad_out + at, a.channels, next_pixels, kChunk);
+      if (add) prefetch_rows<T, NV>(a.dx + at, a.channels, next_pixels, kChunk);
+    }
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t at = (task.batch * map + pixels[t]) * a.channels + task.first;
