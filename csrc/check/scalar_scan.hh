@@ -11,7 +11,7 @@ namespace check {
 
 enum class Bound { kForward, kStream, kParameter };
 
-// One result: of the scalar scan, or of a kernel (summed over its partial results).
+// One result of the kernels, summed over its partial results.
 template <typename T>
 struct Result {
   std::string name;
@@ -22,79 +22,90 @@ struct Result {
 template <typename T>
 using Results = std::vector<Result<T>>;
 
+// A number and what it would be if all terms that were ever added had the same sign: rounding errors are relative to
+// that. A sum of 73 channels may come out near zero, and no order of adding them in float is then exact.
+struct Sum {
+  double value = 0, magnitude = 0;
+
+  Sum() = default;
+  Sum(double number) : value(number), magnitude(std::fabs(number)) {}  // NOLINT: numbers are sums of one term
+  Sum operator*(const Sum& other) const {
+    Sum product;
+    product.value = value * other.value;
+    product.magnitude = magnitude * other.magnitude;
+    return product;
+  }
+  Sum operator+(const Sum& other) const {
+    Sum sum;
+    sum.value = value + other.value;
+    sum.magnitude = magnitude + other.magnitude;
+    return sum;
+  }
+  Sum& operator+=(const Sum& other) { return *this = *this + other; }
+};
+
 typedef std::vector<double> Doubles;
+typedef std::vector<Sum> Sums;
+
+struct Expected {
+  std::string name;
+  Bound bound;
+  Sums values;
+};
 
 // One channel of one batch entry along its positions, forward and backward.
 struct ChannelScan {
   int64_t n, l;
-  bool softplus;
-  Doubles u, raw;  // (l)
-  Doubles A;       // (n)
-  Doubles B, C;    // (l, n)
-  bool has_D;
+  bool softplus, has_D;
   double D;
-  Doubles dy;  // (l)
-  Doubles q;   // (n): gradient of the last state
-  Doubles y, last;
-  Doubles du, draw, dA, dB, dC;
-  double dD = 0;
+  Doubles u, raw, dy;  // (l)
+  Doubles A;           // (n)
+  Doubles B, C;        // (l, n)
+  Sums q;              // (n): in, the gradient of the last state
+  Sums y, last, du, draw, dA, dB, dC;
+  Sum dD;
 
   ChannelScan(int64_t states, int64_t length)
-      : n(states),
-        l(length),
-        u(l),
-        raw(l),
-        A(n),
-        B(l * n),
-        C(l * n),
-        dy(l),
-        q(n),
-        y(l),
-        last(n),
-        du(l),
-        draw(l),
-        dA(n),
-        dB(l * n),
-        dC(l * n) {}
+      : n(states), l(length), u(l), raw(l), dy(l), A(n), B(l * n), C(l * n), q(n), y(l), last(n), du(l), draw(l), dA(n),
+        dB(l * n), dC(l * n) {}
 
   double step(int64_t t) const { return !softplus || raw[t] > 20 ? raw[t] : std::log1p(std::exp(raw[t])); }
   double slope(int64_t t) const { return !softplus || raw[t] > 20 ? 1 : 1 / (1 + std::exp(-raw[t])); }
 
   void run() {
-    Doubles h((l + 1) * n);
+    Sums h((l + 1) * n);
     for (int64_t t = 0; t < l; ++t) {
       const double delta = step(t);
-      y[t] = has_D ? D * u[t] : 0;
+      if (has_D) y[t] = D * u[t];
       for (int64_t i = 0; i < n; ++i) {
-        h[(t + 1) * n + i] = std::exp(delta * A[i]) * h[t * n + i] + delta * u[t] * B[t * n + i];
-        y[t] += C[t * n + i] * h[(t + 1) * n + i];
+        h[(t + 1) * n + i] = h[t * n + i] * std::exp(delta * A[i]) + delta * u[t] * B[t * n + i];
+        y[t] += h[(t + 1) * n + i] * C[t * n + i];
       }
     }
     for (int64_t i = 0; i < n; ++i) last[i] = h[l * n + i];
     for (int64_t t = l - 1; t >= 0; --t) {
       const double delta = step(t);
-      du[t] = has_D ? D * dy[t] : 0;
+      if (has_D) du[t] = D * dy[t];
       dD += dy[t] * u[t];
-      double ddelta = 0;
       for (int64_t i = 0; i < n; ++i) {
         const int64_t at = t * n + i;
-        const double decay = std::exp(delta * A[i]), dh = q[i] + C[at] * dy[t];
-        dC[at] = dy[t] * h[at + n];
-        dB[at] = dh * delta * u[t];
-        du[t] += dh * delta * B[at];
-        ddelta += dh * (h[at] * decay * A[i] + u[t] * B[at]);
-        dA[i] += dh * h[at] * decay * delta;
+        const double decay = std::exp(delta * A[i]);
+        const Sum dh = q[i] + C[at] * dy[t], drate = dh * h[at] * decay;
+        dC[at] = h[at + n] * dy[t];
+        dB[at] = dh * (delta * u[t]);
+        du[t] += dh * (delta * B[at]);
+        draw[t] += (drate * A[i] + dh * (u[t] * B[at])) * slope(t);
+        dA[i] += drate * delta;
         q[i] = dh * decay;
       }
-      draw[t] = ddelta * slope(t);
     }
   }
 };
 
 template <typename T>
-Results<double> scalar_selective_scan(const ScanProblem<T>& p) {
-  Doubles out(p.b * p.d * p.l), last(p.b * p.d * p.n), du(out.size()), ddelta(out.size()), dA(p.d * p.n);
-  Doubles dB(p.b * p.g * p.n * p.l), dC(dB.size()), dD(p.d), dbias(p.d);
+std::vector<Expected> scalar_selective_scan(const ScanProblem<T>& p) {
+  Sums out(p.b * p.d * p.l), last(p.b * p.d * p.n), du(out.size()), ddelta(out.size()), dA(p.d * p.n);
+  Sums dB(p.b * p.g * p.n * p.l), dC(dB.size()), dD(p.d), dbias(p.d);
   for (int64_t b = 0; b < p.b; ++b)
     for (int64_t c = 0; c < p.d; ++c) {
       ChannelScan s(p.n, p.l);
@@ -132,7 +143,7 @@ Results<double> scalar_selective_scan(const ScanProblem<T>& p) {
         }
       }
     }
-  Results<double> results = {{"out", Bound::kForward, out}, {"last_state", Bound::kForward, last},
+  std::vector<Expected> results = {{"out", Bound::kForward, out}, {"last_state", Bound::kForward, last},
                              {"du", Bound::kStream, du},    {"ddelta", Bound::kStream, ddelta},
                              {"dA", Bound::kParameter, dA}, {"dB", Bound::kStream, dB},
                              {"dC", Bound::kStream, dC}};
@@ -151,7 +162,7 @@ int64_t visited_pixel(const MapProblem<T>& p, int64_t route, int64_t t) {
 
 // The gradients of scan2d while they are summed up.
 struct MapSums {
-  Doubles out, dx, dprojections, ddt_weight, ddt_bias, dA, dD;
+  Sums out, dx, dprojections, ddt_weight, ddt_bias, dA, dD;
 
   template <typename T>
   explicit MapSums(const MapProblem<T>& p)
@@ -209,7 +220,7 @@ void add_channel(const MapProblem<T>& p, int64_t b, int64_t route, int64_t c, co
 }
 
 template <typename T>
-Results<double> scalar_scan2d(const MapProblem<T>& p) {
+std::vector<Expected> scalar_scan2d(const MapProblem<T>& p) {
   MapSums sums(p);
   for (int64_t b = 0; b < p.b; ++b)
     for (int64_t route = 0; route < p.k; ++route)
@@ -218,7 +229,7 @@ Results<double> scalar_scan2d(const MapProblem<T>& p) {
         s.run();
         add_channel(p, b, route, c, s, sums);
       }
-  Results<double> results = {{"out", Bound::kForward, sums.out},
+  std::vector<Expected> results = {{"out", Bound::kForward, sums.out},
                              {"dx", Bound::kStream, sums.dx},
                              {"dprojections", Bound::kStream, sums.dprojections},
                              {"ddt_weight", Bound::kParameter, sums.ddt_weight},
