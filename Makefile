@@ -4,7 +4,7 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format bench clean
+.PHONY: help install demo test test-gpu lint format bench sanitize clean
 
 help:
 	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first);"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint      ruff, mypy and clang-format, changing nothing"
 	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make bench     time the operators"
+	@echo "make sanitize  run the kernels on 100,000 random inputs under ASan and UBSan (COUNT=1000: fewer); needs only g++"
 	@echo "make clean     remove what builds and tools leave behind (keeps .venv, data and work_dirs)"
 
 install:
@@ -36,15 +37,18 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format --dry-run -Werror
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc' -o -name '*.hh' | xargs .venv/bin/clang-format --dry-run -Werror
 
 format: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format -i
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc' -o -name '*.hh' | xargs .venv/bin/clang-format -i
 
 bench: install
 	$(PY) -m benchmarks.ops
+
+sanitize:
+	scripts/sanitize.sh $(COUNT)
 
 clean:
 	rm -rf build dist *.egg-info mmvmamba/_C.*.so mmvmamba/_C.json .pytest_cache .ruff_cache .mypy_cache
