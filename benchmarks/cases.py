@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmvmamba.models.layers import SS2D
 from mmvmamba.ops import scan2d, selective_scan, use_backend
@@ -180,7 +180,7 @@ def _core_problem(case: Case, dtype: torch.dtype) -> Problem:
     names = ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
     x = _random(case.b, case.h, case.w, case.d).to(dtype).requires_grad_()
     leaves = {"x": x} | {name: layer.get_parameter(name) for name in names}
-    bounds = {"out": _CORE_BOUND[dtype]} | {name: _CORE_GRAD_BOUND[dtype] for name in leaves}
+    bounds = {"out": _CORE_BOUND[dtype]} | dict.fromkeys(leaves, _CORE_GRAD_BOUND[dtype])
     grad_out = _random(case.b, case.h, case.w, case.d)
     return Problem(case, CORE, dtype, leaves, grad_out, layer, bounds)
 
@@ -204,7 +204,7 @@ def expect(problem: Problem, passes: str) -> dict[str, Tensor]:
 
 def _expect_core(problem: Problem, passes: str) -> dict[str, Tensor]:
     assert problem.layer is not None  # for the type checker: a core problem has one
-    layer: nn.Module = copy.deepcopy(problem.layer).double()
+    layer = copy.deepcopy(problem.layer).double()
     leaves = {
         name: layer.get_parameter(name) if name != "x" else leaf.detach().double().requires_grad_()
         for name, leaf in problem.leaves.items()

@@ -2,8 +2,8 @@
 
 Mask R-CNN with FPN at 800x1216 and UperNet at 512x512, batch 1, random image, boxes and labels: a training step (all
 losses, backward, optimiser excluded) and inference. VMamba-T comes from the configs of this repository, Swin-T from
-mmdet's and mmseg's own, on which ours are built; weights are random. Both run in one process, interleaved, and each in a
-fresh process for peak memory. ``--nano`` shrinks both backbones alike, for tests.
+mmdet's and mmseg's own, on which ours are built; weights are random. Both run in one process, interleaved, and each in
+a fresh process for peak memory. ``--nano`` shrinks both backbones alike, for tests.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CONFIGS = {
     ("upernet", "vmamba"): str(ROOT / "configs/seg/vmamba/vmamba-tiny_upernet_4xb4-160k_ade20k-512x512.py"),
     ("upernet", "swin"): "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
 }
-_NANO = {
+_NANO: dict[str, dict[str, Any]] = {
     "vmamba": {"model.backbone.arch": "nano"},
     "swin": {"model.backbone.embed_dims": 32, "model.backbone.depths": [1, 1, 2, 1],
              "model.backbone.num_heads": [1, 2, 4, 8]},
@@ -143,9 +143,7 @@ def inference_step(model: nn.Module, image: Tensor, sample: Any, bfloat16: bool)
     return run
 
 
-def memory_case(
-    task: str, backbone: str, size: str, nano: bool, threads: int, bfloat16: bool
-) -> Callable[[], Tensor]:
+def memory_case(task: str, backbone: str, size: str, nano: bool, threads: int, bfloat16: bool) -> Callable[[], Tensor]:
     """Build one training step; called in a fresh process by `benchmarks.memory`."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -183,7 +181,12 @@ def time_task(task: str, size: str, options: argparse.Namespace) -> list[Row]:
         timings = interleave(runs, options.seconds, MOST_ROUNDS)
         for backbone, timing in timings.items():
             ratio = timing.minimum / timings["swin"].minimum if "swin" in timings else None
-            row = {"case": f"{task} {size}", "pass": passes, "dtype": options.dtype, "contestant": _label(backbone, options)}
+            row = {
+                "case": f"{task} {size}",
+                "pass": passes,
+                "dtype": options.dtype,
+                "contestant": _label(backbone, options),
+            }
             rows.append(row | {"over_swin": ratio} | timing.fields())
     return rows
 
@@ -207,10 +210,12 @@ def memory_rows(task: str, size: str, options: argparse.Namespace) -> list[Row]:
 
 def print_row(row: Row) -> None:
     """Print one row."""
-    shown = {"minimum": "{:.3f} s", "median": "median {:.3f} s", "spread": "spread {:.0%}", "over_swin": "{:.3f} x Swin",
-             "step_bytes": "{:.3e} bytes"}  # fmt: skip
+    shown = {"minimum": "{:.3f} s", "median": "median {:.3f} s", "spread": "spread {:.0%}",
+             "over_swin": "{:.3f} x Swin", "step_bytes": "{:.3e} bytes"}  # fmt: skip
     figures = [text.format(row[key]) for key, text in shown.items() if row.get(key) is not None]
-    print(f"{row['case']:20} {row['pass']:14} {row['dtype']:9} {row['contestant']:12} {'   '.join(figures)}", flush=True)
+    print(
+        f"{row['case']:20} {row['pass']:14} {row['dtype']:9} {row['contestant']:12} {'   '.join(figures)}", flush=True
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -2,12 +2,13 @@
 
 ``python -m benchmarks.memory MODULE FUNCTION JSON`` is that process: ``MODULE.FUNCTION(**JSON)`` builds the case and
 returns the step. Where ``/proc`` allows it, the mark is reset just before the step and read from ``VmHWM``: it is the
-counter behind ``ru_maxrss``, without two of its faults. ``ru_maxrss`` of a new process starts at the size of the process
-that started it, and it cannot forget a peak of the building that was above what the step needs.
+counter behind ``ru_maxrss``, without two of its faults. ``ru_maxrss`` of a new process starts at the size of the
+process that started it, and it cannot forget a peak of the building that was above what the step needs.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -58,10 +59,18 @@ def _reset_mark() -> bool:
     return True
 
 
+def _return_freed_memory() -> None:
+    """Give what the building freed back to the system: reused by the step, it would hide a part of its need."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
 def run_here(module: str, function: str, arguments: dict[str, object]) -> Peak:
     """Build a case in this process, run its step once, read the peak."""
     step = getattr(importlib.import_module(module), function)(**arguments)
     gc.collect()
+    _return_freed_memory()
     if _reset_mark():
         before = _status_bytes("VmRSS")
         step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +49,7 @@ def build_vmamba(variant: str) -> nn.Module:
 
 
 def build_swin(variant: str) -> nn.Module:
-    """mmdet's Swin Transformer."""
+    """The Swin Transformer of mmdet."""
     from mmdet.models.backbones import SwinTransformer
 
     model: nn.Module = SwinTransformer(drop_path_rate=DROP_PATH, **_SWIN[variant])
@@ -55,7 +57,7 @@ def build_swin(variant: str) -> nn.Module:
 
 
 def build_convnext(variant: str) -> nn.Module:
-    """mmpretrain's ConvNeXt as a dense feature extractor (its default pools every map to one pixel)."""
+    """The ConvNeXt of mmpretrain as a dense feature extractor (its default pools every map to one pixel)."""
     from mmpretrain.models.backbones import ConvNeXt
 
     model: nn.Module = ConvNeXt(
@@ -66,23 +68,44 @@ def build_convnext(variant: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Peer:
-    """A backbone; ``needs`` is the package it comes from."""
+    """A backbone.
+
+    Attributes:
+        name: As printed.
+        build: From the name of a variant.
+        needs: The module it comes from.
+        note: Follows the name.
+        setting: Entered around every run.
+    """
 
     name: str
     build: Callable[[str], nn.Module]
     needs: str
+    note: str = ""
+    setting: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
     def label(self, variant: str) -> str:
         """Name with variant, such as Swin-T."""
-        return f"{self.name}-{variant[0].upper()}" if variant != "nano" else f"{self.name}-nano"
+        return f"{self.name}-{variant if variant == 'nano' else variant[0].upper()}{self.note}"
 
     def problem(self) -> str | None:
         """Why it cannot be built here, or None."""
-        return None if importlib.util.find_spec(self.needs) is not None else f"{self.needs} is not installed"
+        return None if importlib.util.find_spec(self.needs) is not None else f"there is no module {self.needs}"
+
+
+_ONEDNN = "mmvmamba.models.layers.onednn"
+
+
+def _without_onednn() -> contextlib.AbstractContextManager[object]:
+    """Let VMamba's linear maps take PyTorch's own way, as those of the other models do."""
+    setting: contextlib.AbstractContextManager[object] = importlib.import_module(_ONEDNN).use_onednn_linear(False)
+    return setting
 
 
 PEERS = {
     "vmamba": Peer("VMamba", build_vmamba, "mmvmamba"),
+    # Shows how much of a difference to the others is the GEMM library and not the model.
+    "vmamba-pytorch": Peer("VMamba", build_vmamba, _ONEDNN, ", PyTorch linears", _without_onednn),
     "swin": Peer("Swin", build_swin, "mmdet"),
     "convnext": Peer("ConvNeXt", build_convnext, "mmpretrain"),
 }
@@ -96,7 +119,9 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise ValueError(f"size is {text!r}, expected a side such as 224 or rows x columns such as 800x1216. Correct it.")
+        raise ValueError(
+            f"size is {text!r}, expected a side such as 224 or rows x columns such as 800x1216. Correct it."
+        )
     return int(sides[0]), int(sides[-1])
 
 
@@ -119,21 +144,22 @@ def check_shapes(name: str, outputs: Sequence[Tensor], height: int, width: int) 
         raise DisagreementError(f"{name}: a feature is not finite")
 
 
-def check_vmamba(variant: str, dtype: torch.dtype) -> None:
+def check_vmamba(peer: Peer, variant: str, dtype: torch.dtype) -> None:
     """Compare VMamba in the timed precision with itself in float64 on the reference path, at 64x96, gradient included.
 
     Raises:
         DisagreementError: They differ.
     """
-    model = build_vmamba(variant)
+    model = peer.build(variant)
     model.eval()
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         weights = [torch.randn(out.shape) for out in model(image)]
-    found = _features_and_gradient(model, image, dtype, weights)
+    with peer.setting():
+        found = _features_and_gradient(model, image, dtype, weights)
     with use_backend("reference"):
         expected = _features_and_gradient(model.double(), image.double(), torch.float64, weights)
-    check(f"VMamba-{variant}", found, expected, dict.fromkeys(expected, BOUND[dtype]))
+    check(peer.label(variant), found, expected, dict.fromkeys(expected, BOUND[dtype]))
 
 
 def _features_and_gradient(

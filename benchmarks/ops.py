@@ -1,8 +1,8 @@
 """Time the operators with everyone who can run here: ``python -m benchmarks.ops --threads 1 --json FILE``.
 
 Shapes, boundaries and dtypes are those of `benchmarks.cases`; who takes part, and where a contestant has a declared
-limit, stands in `benchmarks.contestants`. Every contestant is compared with the reference in float64 before it is timed;
-one that disagrees ends the run. A matrix product of fixed size runs in the same rounds as a yardstick of the machine.
+limit, stands in `benchmarks.contestants`. Every contestant is compared with the reference in float64 before it is
+timed; one that disagrees ends the run. A matrix product of fixed size runs in the same rounds as a yardstick of the machine.
 Where the four stages of VMamba-T were all timed, a row with the sum over its blocks follows.
 """
 
@@ -70,7 +70,9 @@ def check_all(group: Sequence[Contestant], problem: Problem, passes: str) -> Non
         check(what, sampled(problem, found), expected, problem.bounds)
 
 
-def time_problem(everyone: Sequence[Contestant], problem: Problem, passes: str, seconds: float, notes: Notes) -> list[Row]:
+def time_problem(
+    everyone: Sequence[Contestant], problem: Problem, passes: str, seconds: float, notes: Notes
+) -> list[Row]:
     """Check and time everyone who can take part; one row each."""
     case, boundary = problem.case, problem.boundary
     group = []
@@ -111,7 +113,9 @@ def model_rows(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
             stages.setdefault(case.group, set()).add(case.name)
     kinds = dict.fromkeys((r["group"], r["boundary"], r["pass"], r["dtype"]) for r in rows if r["blocks"])
     for group, boundary, passes, dtype in kinds:
-        same = [r for r in rows if (r["group"], r["boundary"], r["pass"], r["dtype"]) == (group, boundary, passes, dtype)]
+        same = [
+            r for r in rows if (r["group"], r["boundary"], r["pass"], r["dtype"]) == (group, boundary, passes, dtype)
+        ]
         total = []
         for name in dict.fromkeys(r["contestant"] for r in same):
             parts = [r for r in same if r["contestant"] == name]
@@ -129,8 +133,8 @@ def model_rows(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
 def print_row(row: Row) -> None:
     """Print one row of the running table."""
     figures = [f"{row['minimum'] * 1e3:10.2f} {row['median'] * 1e3:10.2f} {row['spread'] * 100:5.0f}%"]
-    for field in ("over_reference", "over_upstream", "over_gemm"):
-        figures.append(f"{row[field]:9.2f}" if row[field] is not None else f"{'-':>9}")
+    ratios = [row[field] for field in ("over_reference", "over_upstream", "over_gemm")]
+    figures += [f"{'-':>9}" if ratio is None else f"{ratio:9.2f}" for ratio in ratios]
     label = f"{row['case']:24} {row['boundary']:8} {row['pass']:16} {row['dtype']:8} {row['contestant']:13}"
     print(label, *figures, flush=True)
 

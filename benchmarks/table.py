@@ -70,7 +70,9 @@ def read(path: Path) -> dict[str, Any]:
     fields = ("benchmark", "environment", "rows")
     missing = [f for f in fields if not isinstance(content, dict) or f not in content]
     if missing:
-        raise ResultFileError(f"{path}: found no {', '.join(missing)}, expected a file written with --json. Measure anew.")
+        raise ResultFileError(
+            f"{path}: found no {', '.join(missing)}, expected a file written with --json. Measure anew."
+        )
     return dict(content)
 
 

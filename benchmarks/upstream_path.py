@@ -1,10 +1,11 @@
 """What VMamba's published code computes on a CPU, restated in plain PyTorch from its description.
 
 This is a restatement, not upstream's code: it was written for this benchmark from the facts noted about upstream, and
-materialises what upstream materialises. Four scanned copies of the map; a grouped projection of these copies to (dt, B,
-C); step sizes (b, k, d, l); decay and injection for every position and state, (b, k d, l, n); then a Python loop over the
-positions that indexes these tensors and leaves its gradient to autograd, whose index gradients are full-size tensors,
-so that the backward grows faster than the length. The sum over the four directions is the cross-merge.
+materialises what upstream materialises. Four scanned copies of the map; a grouped projection of these copies to
+(dt, B, C); step sizes (b, k, d, l); decay and injection for every position and state, (b, k d, l, n); then a Python
+loop over the positions that indexes these tensors and leaves its gradient to autograd, whose index gradients are
+full-size tensors, so that the backward grows faster than the length. The sum over the four directions is the
+cross-merge.
 
 Source of the description: Liu et al., "VMamba" (arXiv 2401.10166), section 4.2 and its CPU fallback.
 """
@@ -31,9 +32,7 @@ def cross_merge(y: Tensor, h: int, w: int) -> Tensor:
     return both[:, 0] + columns
 
 
-def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
-) -> Tensor:
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
     """Scan step by step with softplus, everything materialised, in float32.
 
     Args:
