@@ -4,7 +4,7 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format bench sanitize clean
+.PHONY: help install demo test test-gpu lint format bench bench-gate sanitize clean
 
 help:
 	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first);"
@@ -14,7 +14,8 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA GPU"
 	@echo "make lint      ruff, mypy and clang-format, changing nothing"
 	@echo "make format    let ruff and clang-format rewrite the files"
-	@echo "make bench     time the operators"
+	@echo "make bench     time the operators at 224x224 against the reference and upstream's path (the rest: benchmarks/README.md)"
+	@echo "make bench-gate   fail if an operator lost speed against a GEMM and the reference (about half a minute)"
 	@echo "make sanitize  run the kernels on 100,000 random inputs under ASan and UBSan (COUNT=1000: fewer); needs only g++"
 	@echo "make clean     remove what builds and tools leave behind (keeps .venv, data and work_dirs)"
 
@@ -45,7 +46,10 @@ format: install
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc' -o -name '*.hh' | xargs .venv/bin/clang-format -i
 
 bench: install
-	$(PY) -m benchmarks.ops
+	$(PY) -m benchmarks.ops --shapes 224
+
+bench-gate: install
+	$(PY) -m benchmarks.gate
 
 sanitize:
 	scripts/sanitize.sh $(COUNT)

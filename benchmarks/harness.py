@@ -1,4 +1,4 @@
-"""Timing that a noisy machine can bear: contestants interleaved in one process, compared as ratios."""
+"""Timing that a noisy machine can bear: contestants interleaved in one process, checked first, compared as ratios."""
 
 from __future__ import annotations
 
@@ -8,69 +8,197 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from mmvmamba.ops.extension import HAS_EXTENSION
+from mmvmamba.testing import relative_error
+from mmvmamba.version import __version__
+
+GEMM_SIDE = 512
+"""Side of the square float32 matrix product that runs in every round as the yardstick of the machine."""
+GEMM = "GEMM"
+
+_DISTRIBUTIONS = {
+    "mmengine": ("onedl-mmengine", "mmengine"),
+    "mmcv": ("onedl-mmcv", "mmcv"),
+    "mmdet": ("onedl-mmdetection", "mmdet"),
+    "mmseg": ("onedl-mmsegmentation", "mmsegmentation"),
+    "mmpretrain": ("onedl-mmpretrain", "mmpretrain"),
+}
+"""Module: the distributions it comes from."""
+
+
+class DisagreementError(RuntimeError):
+    """A contestant does not compute what it is timed for."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contestant over all rounds."""
+    """Seconds of one contestant over all rounds; ``spread`` is the interquartile range over the median."""
 
     minimum: float
     median: float
+    spread: float
     rounds: int
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Summarise the seconds of all rounds, at least one."""
+        middle = statistics.median(seconds)
+        spread = 0.0
+        if len(seconds) > 1 and middle > 0:
+            low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+            spread = (high - low) / middle
+        return cls(min(seconds), middle, spread, len(seconds))
 
-def interleave(contestants: Mapping[str, Callable[[], object]], seconds: float, most_rounds: int) -> dict[str, Timing]:
+    def fields(self) -> dict[str, object]:
+        """The fields, for a row."""
+        return {"minimum": self.minimum, "median": self.median, "spread": self.spread, "rounds": self.rounds}
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]],
+    seconds: float,
+    most_rounds: int,
+    fewer_rounds: Mapping[str, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Run every contestant once per round, A B C A B C, so that a disturbance hits all of them.
 
     Args:
-        contestants: What to time, by name. Each is run once before the clock starts.
+        contestants: What to time, by name. Each is run once before the clock starts, unless ``fewer_rounds`` names it
+            (what is too slow for many rounds was run by its check).
         seconds: Stop after the round in which this much time has passed.
         most_rounds: Stop after this many rounds.
+        fewer_rounds: A contestant named here drops out after so many rounds.
+        clock: Seconds since some moment.
     """
-    for run in contestants.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    begin = time.perf_counter()
-    for _ in range(most_rounds):
-        for name, run in contestants.items():
-            start = time.perf_counter()
+    limits = fewer_rounds or {}
+    for name, run in contestants.items():
+        if name not in limits:
             run()
-            times[name].append(time.perf_counter() - start)
-        if time.perf_counter() - begin > seconds:
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    begin = clock()
+    for index in range(most_rounds):
+        for name, run in contestants.items():
+            if index >= limits.get(name, most_rounds):
+                continue
+            start = clock()
+            run()
+            times[name].append(clock() - start)
+        if clock() - begin > seconds:
             break
-    return {name: Timing(min(t), statistics.median(t), len(t)) for name, t in times.items()}
+    return {name: Timing.of(t) for name, t in times.items()}
+
+
+def check(
+    contestant: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bounds: Mapping[str, float]
+) -> None:
+    """Compare what a contestant computed with the reference.
+
+    Args:
+        contestant: Its name.
+        found: Its tensors by name.
+        expected: The reference's, in float64, of the same names.
+        bounds: Largest error of each, relative to the largest value.
+
+    Raises:
+        DisagreementError: One differs by more, has another shape, or is missing.
+    """
+    for name, wanted in expected.items():
+        if name not in found:
+            raise DisagreementError(f"{contestant}: returned no {name!r}, expected one of shape {tuple(wanted.shape)}")
+        if found[name].shape != wanted.shape:
+            shapes = f"shape {tuple(found[name].shape)}, expected {tuple(wanted.shape)}"
+            raise DisagreementError(f"{contestant}: {name} has {shapes}")
+        error = relative_error(found[name], wanted)
+        if not error <= bounds[name]:
+            raise DisagreementError(
+                f"{contestant}: {name} differs from the reference by {error:.2e} of its largest value, expected at "
+                f"most {bounds[name]:.0e}; it is not timed. Run tests/test_ops first."
+            )
+
+
+def gemm() -> Callable[[], object]:
+    """Return the yardstick: one float32 matrix product of `GEMM_SIDE`."""
+    square = torch.randn(GEMM_SIDE, GEMM_SIDE)
+    return lambda: square @ square
+
+
+def instruction_set() -> str | None:
+    """The instruction set our compiled kernels run on; None where they are not loaded."""
+    return str(torch.ops.mmvmamba.cpu_capability()) if HAS_EXTENSION else None
+
+
+def cpu_facts() -> dict[str, str]:
+    """The first processor of ``/proc/cpuinfo``; empty where there is none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    first = cpuinfo.read_text().split("\n\n", 1)[0] if cpuinfo.is_file() else ""
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _version(distributions: Sequence[str]) -> str | None:
+    for distribution in distributions:
+        try:
+            return f"{distribution} {metadata.version(distribution)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def environment() -> dict[str, object]:
     """What a result depends on."""
     git = shutil.which("git")
     command = [git or "git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout if git else ""  # noqa: S603
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    cpu = [line for line in lines if line.startswith("model name")]
+    root = Path(__file__).parent
+    commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root).stdout if git else ""  # noqa: S603
+    facts = cpu_facts()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit.strip() or None,
-        "device": cpu[0].split(":", 1)[1].strip() if cpu else platform.machine(),
+        "device": facts.get("model name", platform.machine()),
+        "cpu": {key: facts[key] for key in ("vendor_id", "cpu family", "model") if key in facts},
+        "mmvmamba": __version__,
+        "instruction_set": instruction_set(),
         "torch": torch.__version__,
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
+        "versions": {module: _version(names) for module, names in _DISTRIBUTIONS.items()},
         "threads": torch.get_num_threads(),
     }
 
 
-def save(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write the rows and the environment as JSON."""
+def save(path: Path, benchmark: str, rows: Sequence[Mapping[str, object]], notes: Sequence[str] = ()) -> None:
+    """Write the rows, what was left out and why, and the environment as JSON.
+
+    Args:
+        path: The file; missing folders are made.
+        benchmark: Name of the benchmark, for ``python -m benchmarks.table``.
+        rows: One per measured figure.
+        notes: What was skipped and why.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    content = {"benchmark": benchmark, "environment": environment(), "notes": list(notes), "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def as_fields(timing: Timing) -> dict[str, object]:
-    """The fields of a timing, for a row."""
-    return asdict(timing)
+class Notes:
+    """What is left out: printed as it happens, once, and kept for the JSON file."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def skip(self, what: str, reason: str) -> None:
+        """Say that ``what`` is skipped."""
+        line = f"skipped: {what}: {reason}"
+        if line not in self.lines:
+            self.lines.append(line)
+            print(line, flush=True)

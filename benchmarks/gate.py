@@ -1,0 +1,224 @@
+"""The performance gate: ``python -m benchmarks.gate`` fails if an operator lost speed, ``--update`` records it.
+
+Everything is measured on one thread in one run, interleaved with a matrix product of fixed size and with the reference
+path; only ratios are compared (`benchmarks.gate_logic` has the rules), with those recorded in ``gate.json`` for the
+same instruction set, CPU model and release of PyTorch. A machine that is not in the file is held only to the floor that
+every machine must meet, and that is said. A new operator joins by one entry in `CASES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import BACKWARD, FORWARD, SCAN, SEQUENCE, Case, build_problem
+from benchmarks.contestants import contestants
+from benchmarks.gate_logic import (
+    FLOOR,
+    GEMM,
+    MOST_NOISE,
+    OURS,
+    REFERENCE,
+    YARDSTICKS,
+    Rounds,
+    decide,
+    failure_message,
+    key_of,
+    updated,
+)
+from benchmarks.harness import DisagreementError, cpu_facts, gemm, instruction_set
+from benchmarks.ops import check_all, runner
+
+FILE = Path(__file__).with_name("gate.json")
+REPEATS = 4
+"""Runs of ours and the GEMM for each round: they are short, and the quickest counts."""
+
+Runs = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class GateCase:
+    """A name and how to build, and check, the three functions `OURS`, `GEMM` and `REFERENCE`."""
+
+    name: str
+    build: Callable[[], Runs]
+
+
+def _operator(case: Case, boundary: str, passes: str) -> GateCase:
+    def build() -> Runs:
+        torch.manual_seed(0)
+        problem = build_problem(case, boundary, torch.float32)
+        group = {c.name: c for c in contestants() if c.name in ("compiled", "reference")}
+        check_all(list(group.values()), problem, passes)
+        runs = {name: runner(contestant, problem, passes, problem.grad_out) for name, contestant in group.items()}
+        return {OURS: runs["compiled"], REFERENCE: runs["reference"], GEMM: gemm()}
+
+    return GateCase(f"{case.name}, {passes}", build)
+
+
+_SHAPES = (
+    (Case("scan2d 28x28x192", "gate", 1, 28, 28, 192), SCAN),
+    (Case("scan2d 56x56x96", "gate", 1, 56, 56, 96), SCAN),
+    (Case("selective_scan 192x1024 n=1", "gate", 1, 1, 1024, 192, boundaries=(SEQUENCE,)), SEQUENCE),
+    (Case("selective_scan 192x1024 n=16", "gate", 1, 1, 1024, 192, n=16, boundaries=(SEQUENCE,)), SEQUENCE),
+)
+CASES: tuple[GateCase, ...] = tuple(
+    _operator(case, boundary, passes) for case, boundary in _SHAPES for passes in (FORWARD, BACKWARD)
+)
+"""An operator of another kind adds ``GateCase(name, build)``; ``build`` checks, then returns the three functions."""
+
+
+def measure(runs: Runs, rounds: int, clock: Callable[[], float] = time.perf_counter) -> Rounds:
+    """Time interleaved rounds; within a round the quickest of `REPEATS` runs counts, the slow reference runs once.
+
+    Args:
+        runs: By contestant.
+        rounds: How many.
+        clock: Seconds since some moment.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            quickest = float("inf")
+            for _ in range(1 if name == REFERENCE else REPEATS):
+                start = clock()
+                run()
+                quickest = min(quickest, clock() - start)
+            seconds[name].append(quickest)
+    return Rounds(seconds)
+
+
+def this_machine() -> dict[str, Any]:
+    """What recorded ratios depend on."""
+    facts = cpu_facts()
+    cpu = "-".join(facts.get(key, "?") for key in ("vendor_id", "cpu family", "model"))
+    return {
+        "instruction_set": instruction_set(),
+        "cpu": cpu,
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+        "device": facts.get("model name", "unknown"),
+    }
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """Read the recorded machines.
+
+    Raises:
+        ValueError: The file is not what ``--update`` writes.
+    """
+    try:
+        machines = json.loads(path.read_text())["machines"]
+        for machine in machines:
+            key_of(machine)
+            for ratios in machine["ratios"].values():
+                if not all(ratios[yardstick] > 0 for yardstick in YARDSTICKS):
+                    raise ValueError(f"a ratio of {machine['cpu']} is not positive")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error!r}, expected a file written by --update. Restore it from git.") from error
+    return list(machines)
+
+
+def expectation(
+    machines: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
+) -> dict[str, dict[str, float]] | None:
+    """The recorded ratios of a machine by case and yardstick, or None."""
+    return next((dict(m["ratios"]) for m in machines if key_of(m) == key_of(machine)), None)
+
+
+def gate(
+    cases: Sequence[GateCase],
+    recorded: Mapping[str, Mapping[str, float]] | None,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[str]:
+    """Judge every case; return the messages of those that fail."""
+    problems = []
+    for case in cases:
+        expected = None if recorded is None else recorded.get(case.name)
+        if recorded is not None and expected is None:
+            print(f"     {case.name}: not recorded for this machine, only the floor counts; record it with --update")
+        runs = case.build()
+        verdict = decide(case.name, functools.partial(measure, runs, rounds, clock), expected)
+        print(verdict.line(), flush=True)
+        if not verdict.passed:
+            problems.append(failure_message(verdict))
+    return problems
+
+
+def record(
+    cases: Sequence[GateCase], rounds: int, attempts: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
+    """Measure every case and return its ratios.
+
+    Raises:
+        ValueError: A case misses the floor, which no file can excuse.
+    """
+    ratios = {}
+    for case in cases:
+        runs = case.build()
+        result = measure(runs, rounds, clock)
+        for _ in range(attempts - 1):
+            result = result.joined(measure(runs, rounds, clock))
+        ratios[case.name] = {yardstick: float(f"{result.ratio(yardstick):.4g}") for yardstick in YARDSTICKS}
+        noise = max(result.noise(yardstick) for yardstick in YARDSTICKS)
+        warning = "" if noise <= MOST_NOISE else "; too noisy, record again on a quiet machine"
+        print(f"{case.name}: {ratios[case.name]}, noise {noise:.1%}{warning}", flush=True)
+        if ratios[case.name][REFERENCE] >= FLOOR:
+            raise ValueError(
+                f"{case.name}: ours/{REFERENCE} is {ratios[case.name][REFERENCE]}, expected below {FLOOR:g}; nothing "
+                "is recorded. Repair the kernel."
+            )
+    return ratios
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    cases: Sequence[GateCase] = CASES,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Run the gate; return the exit code: 1 for a loss, 2 for an error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="record what is found for this machine")
+    parser.add_argument("--rounds", type=int, default=12, help="interleaved rounds for each measurement")
+    parser.add_argument("--file", type=Path, default=FILE, help="the recorded ratios")
+    options = parser.parse_args(arguments)
+    if instruction_set() is None:
+        print("error: found no compiled extension, expected one. Run `make install`.", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    try:
+        machines = load(options.file)
+        machine = this_machine()
+        if options.update:
+            machine["ratios"] = record(cases, options.rounds, 3, clock)
+            text = json.dumps({"machines": updated(machines, machine)}, indent=1)
+            options.file.write_text(text + "\n")
+            print(f"recorded in {options.file}")
+            return 0
+        recorded = expectation(machines, machine)
+        if recorded is None:
+            known = ", ".join(" ".join(key_of(m)) for m in machines) or "nothing"
+            print(f"This machine ({' '.join(key_of(machine))}) is not in {options.file.name}, which has {known}: only "
+                  "the floor counts (compiled must beat the reference). --update records it.")  # fmt: skip
+        problems = gate(cases, recorded, options.rounds, clock)
+    except (OSError, ValueError, DisagreementError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
