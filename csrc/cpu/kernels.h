@@ -10,6 +10,14 @@ namespace mmvmamba {
 // Positions between two saved states; CHUNK in mmvmamba/ops/library.py.
 constexpr int kChunk = 32;
 
+// Numbers of 2 bytes as they stand in memory; convert.h turns them into float32 and back.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 // Codes of the named routes; ScanOrder in mmvmamba/ops/scan2d/orders.py.
 enum ScanOrder : int64_t { kRow = 0, kColumn = 1, kRowReversed = 2, kColumnReversed = 3 };
 
