@@ -3,6 +3,7 @@
 | variable | values | meaning |
 |---|---|---|
 | ``MMVMAMBA_BACKEND`` | ``auto`` (default) or a backend name | backend of every operator call with ``backend=None`` |
+| ``ATEN_CPU_CAPABILITY`` | ``default``, ``avx2``, ``avx512`` | PyTorch's switch; lowers the instruction set of our CPU kernels too |
 | ``RANK`` | set by torchrun | warnings that concern all processes alike come from rank 0 only |
 
 Variables read while building (``MMVMAMBA_WITH_CUDA`` and so on) belong to ``setup.py`` and are listed there.
@@ -17,6 +18,11 @@ def requested_backend() -> str | None:
     """Return the backend named by ``MMVMAMBA_BACKEND``, or None for the automatic choice."""
     value = os.environ.get("MMVMAMBA_BACKEND", "").strip()
     return None if value in ("", "auto") else value
+
+
+def cpu_capability_limit() -> str | None:
+    """Return the highest instruction set that the user wants on the CPU, or None for the best there is."""
+    return os.environ.get("ATEN_CPU_CAPABILITY")
 
 
 def is_first_rank() -> bool:

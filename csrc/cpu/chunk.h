@@ -5,6 +5,7 @@
 // arithmetic is here, once for all operators, and in chunk_backward.h.
 #pragma once
 
+#include "convert.h"
 #include "kernels.h"
 #include "tile.h"
 
@@ -14,13 +15,13 @@ namespace {
 #define MMVMAMBA_NOINLINE __attribute__((noinline))
 
 template <typename T>
-constexpr int64_t kMaxBlock = 4 * kLanes<T>;
+constexpr int64_t kMaxBlock = 4 * kLanes<T>;  // channels
 
 MMVMAMBA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MMVMAMBA_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Channels per task: the widest of 4, 3, 2 vectors that wastes the fewest lanes, preferring an even number of blocks
-// (two threads then get equal work). Depends on the shape alone: the order of sums must not depend on the machine.
+// (two threads then get equal work). Depends on the shape alone: the order of sums must not depend on threads.
 template <typename T>
 int64_t block_width(int64_t channels) {
   if (channels <= kLanes<T>) return kLanes<T>;
@@ -55,6 +56,7 @@ struct Scratch {
   T *D, *dD, *bias, *dbias;                // (block); bias, W: times log2(e)
   T *W, *dW;                               // (r, block)
   T *B_rows, *C_rows;                      // (kChunk, n)
+  T* feature_rows;                         // (kChunk, r + 2 n, up to whole vectors)
   T *dB_lanes, *dC_lanes;                  // (kChunk, lanes): before the sum over channels
   T* dfeatures;                            // (r + 2 n, up to whole tiles; kChunk): gradients of dt, B, C
   T* dfeature_rows;                        // (kChunk, r + 2 n, up to whole tiles)
@@ -64,12 +66,12 @@ struct Scratch {
   int64_t size;
 
   Scratch(T* base, int64_t n, int64_t r) : states(n), rank(r), bounded(false) {
-    constexpr int64_t kRow = kMaxBlock<T>;
+    constexpr int64_t kRow = kMaxBlock<T>, kLine = 64 / sizeof(T);  // every array starts a cache line
     features = ceil_div(r + 2 * n, 16) * 16;
     size = 0;
     auto take = [base, this](int64_t elements) {
       T* here = base == nullptr ? nullptr : base + size;
-      size += ceil_div(elements, kLanes<T>) * kLanes<T>;
+      size += ceil_div(elements, kLine) * kLine;
       return here;
     };
     u_rows = take(kChunk * kRow);
@@ -95,6 +97,7 @@ struct Scratch {
     dW = take(r * kRow);
     B_rows = take(kChunk * n);
     C_rows = take(kChunk * n);
+    feature_rows = take(kChunk * features);
     dB_lanes = take(kChunk * kLanes<T>);
     dC_lanes = take(kChunk * kLanes<T>);
     dfeatures = take(features * kChunk);
@@ -118,6 +121,36 @@ template <typename T>
 MMVMAMBA_INLINE void load_row(T* row, const T* source, int64_t width, int64_t block) {
   __builtin_memcpy(row, source, width * sizeof(T));
   for (int64_t c = width; c < block; ++c) row[c] = T(0);
+}
+
+// `width` numbers from index `at` on as a row padded with zeros to whole vectors.
+template <typename T, typename S>
+MMVMAMBA_INLINE void convert_row(T* row, const S* source, int64_t width, int64_t block) {
+  int64_t c = 0;
+  for (; c + kLanes<T> <= width; c += kLanes<T>) store<T>(row + c, load_as<T>(source + c));
+  if (c < width) {
+    store<T>(row + c, load_part<T>(source + c, width - c));
+    c += kLanes<T>;
+  }
+  for (; c < block; c += kLanes<T>) store<T>(row + c, Vec<T>{});
+}
+
+// A row of an input as type T and whole vectors: where it lies, or copied to `scratch`.
+template <typename T>
+MMVMAMBA_INLINE const T* input_row(const Input<T>& input, int64_t at, T* scratch, int64_t width, int64_t block) {
+  if (input.element == Element::kSame) {
+    const T* source = static_cast<const T*>(input.data) + at;
+    if (width == block) return source;
+    load_row(scratch, source, width, block);
+    return scratch;
+  }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (input.element == Element::kBFloat16)
+      convert_row<T>(scratch, static_cast<const BFloat16*>(input.data) + at, width, block);
+    else
+      convert_row<T>(scratch, static_cast<const Float16*>(input.data) + at, width, block);
+  }
+  return scratch;
 }
 
 template <typename T>

@@ -208,6 +208,12 @@ MMVMAMBA_INLINE void weight_gradients(Scratch<T>& s, int64_t r, int64_t steps) {
   for (int i = 0; i < kRows; ++i) add_to_row<T, NV>(s.dW + (r + i) * block, sum[i]);
 }
 
+// Features whose sums fit into registers together: 16 vectors with AVX-512, 8 elsewhere.
+template <typename T>
+constexpr int kFeaturesTogether = (MMVMAMBA_WHOLE_VECTOR_SHUFFLES ? 16 : 8) / (kChunk / kLanes<T>) > 1
+                                      ? (MMVMAMBA_WHOLE_VECTOR_SHUFFLES ? 16 : 8) / (kChunk / kLanes<T>)
+                                      : 1;
+
 // Gradients of the step-size projection of a chunk: rows 0 .. r of dfeatures, and s.dW carried on.
 template <typename T, int NV>
 MMVMAMBA_NOINLINE void project_chunk_backward(Scratch<T>& s, int64_t steps, int64_t width) {
@@ -215,11 +221,14 @@ MMVMAMBA_NOINLINE void project_chunk_backward(Scratch<T>& s, int64_t steps, int6
   fill(s.ddelta + steps * block, (kChunk - steps) * block, T(0));
   transpose(s.transposed, kChunk, s.ddelta, block, kChunk, block);
   int64_t r = 0;
-  for (; r + 8 <= s.rank; r += 8) feature_gradients<T, NV, 8>(s, r, width);
-  for (; r + 2 <= s.rank; r += 2) feature_gradients<T, NV, 2>(s, r, width);
+  constexpr int kFeatures = kFeaturesTogether<T>, kRows = kTogether;
+  for (; r + kFeatures <= s.rank; r += kFeatures) feature_gradients<T, NV, kFeatures>(s, r, width);
+  if constexpr (kFeatures > 2)
+    for (; r + 2 <= s.rank; r += 2) feature_gradients<T, NV, 2>(s, r, width);
   for (; r < s.rank; ++r) feature_gradients<T, NV, 1>(s, r, width);
-  for (r = 0; r + 4 <= s.rank; r += 4) weight_gradients<T, NV, 4>(s, r, steps);
-  for (; r + 2 <= s.rank; r += 2) weight_gradients<T, NV, 2>(s, r, steps);
+  for (r = 0; r + kRows <= s.rank; r += kRows) weight_gradients<T, NV, kRows>(s, r, steps);
+  if constexpr (kRows > 2)
+    for (; r + 2 <= s.rank; r += 2) weight_gradients<T, NV, 2>(s, r, steps);
   for (; r < s.rank; ++r) weight_gradients<T, NV, 1>(s, r, steps);
 }
 

@@ -1,6 +1,6 @@
 // Vectors from and to memory that holds another type than the arithmetic: bfloat16 and float16 beside float32, the
-// identity for float32 and float64. Rounding is to nearest, ties to even; NaN stays NaN. Integer vector operations do the
-// work on every instruction set, but AVX-512 converts float16 in one instruction.
+// identity for float32 and float64. Rounding is to nearest, ties to even; NaN stays NaN. Integer vector operations do
+// the work on every instruction set, but AVX-512 converts float16 in one instruction.
 #pragma once
 
 #include "kernels.h"
@@ -9,8 +9,8 @@
 namespace mmvmamba {
 namespace {
 
-typedef uint16_t U16 __attribute__((vector_size(32)));  // 16 numbers of 2 bytes, as many as lanes of Vec<float>
-typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));  // as many numbers as lanes of Vec<float>
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
 
 MMVMAMBA_INLINE Vec<float> widen_bfloat16(U16 bits) { return (Vec<float>)(__builtin_convertvector(bits, U32) << 16); }
 
@@ -24,7 +24,7 @@ MMVMAMBA_INLINE U16 narrow_bfloat16(Vec<float> value) {
 
 #if defined(__AVX512F__) && !defined(__clang__)
 
-typedef int16_t I16 __attribute__((vector_size(32)));
+typedef int16_t I16 __attribute__((vector_size(kVectorBytes / 2)));
 
 MMVMAMBA_INLINE Vec<float> widen_float16(U16 bits) {
   constexpr int kCurrentDirection = 4;  // conversion is exact

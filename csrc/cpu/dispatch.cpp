@@ -28,7 +28,11 @@ InstructionSet detect() {
   if (avx512 && level >= 2) return {"avx512", avx512_kernels()};
   if (avx2 && level >= 1) return {"avx2", avx2_kernels()};
 #endif
+#if defined(__aarch64__)
+  return {"neon", baseline_kernels()};  // part of every 64-bit Arm processor, so that the baseline has it
+#else
   return {"default", baseline_kernels()};
+#endif
 }
 
 std::string cpu_capability() { return instruction_set().name; }

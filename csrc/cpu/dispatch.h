@@ -17,7 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct InstructionSet {
-  const char* name;  // as in ATEN_CPU_CAPABILITY
+  const char* name;  // as in ATEN_CPU_CAPABILITY, or neon
   const KernelTable& table;
 };
 
@@ -42,6 +42,24 @@ std::optional<Tensor> as_input(const std::optional<Tensor>& tensor) {
   return as_input<T>(*tensor);
 }
 
+// The same for an input that the kernel converts as it reads: bfloat16 and float16 stay where the state is float32.
+template <typename T>
+Tensor as_rows(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  if (sizeof(T) == sizeof(float) && (type == ScalarType::BFloat16 || type == ScalarType::Half))
+    return torch::stable::contiguous(tensor);
+  return as_input<T>(tensor);
+}
+
+template <typename T>
+Input<T> rows(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  const Element element = type == ScalarType::BFloat16 ? Element::kBFloat16
+                          : type == ScalarType::Half   ? Element::kFloat16
+                                                       : Element::kSame;
+  return {tensor.const_data_ptr(), element};
+}
+
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
@@ -62,7 +80,7 @@ template <typename T, typename Args>
 void run_tasks(void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& args, int64_t count, int64_t rank) {
   const int64_t elements = kernels<T>().workspace(args.states, rank);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    // Scratch rows are read and written by whole 64-byte vectors: keep them within cache lines.
+    // Scratch rows are read and written by whole vectors: keep them within cache lines.
     std::unique_ptr<T, decltype(&std::free)> memory(static_cast<T*>(std::aligned_alloc(64, elements * sizeof(T))),
                                                     &std::free);
     STD_TORCH_CHECK(memory != nullptr, "mmvmamba: out of memory for ", elements * sizeof(T), " bytes of scratch");

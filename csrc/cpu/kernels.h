@@ -21,7 +21,16 @@ struct Float16 {
 // Codes of the named routes; ScanOrder in mmvmamba/ops/scan2d/orders.py.
 enum ScanOrder : int64_t { kRow = 0, kColumn = 1, kRowReversed = 2, kColumnReversed = 3 };
 
-// All tensors are contiguous and of type T. Pointers marked "or null" belong to optional arguments.
+// Numbers in memory that a kernel reads as type T.
+enum class Element { kSame, kBFloat16, kFloat16 };  // kSame: T itself
+
+template <typename T>
+struct Input {
+  const void* data;
+  Element element;
+};
+
+// All tensors are contiguous and of type T but for Input. Pointers marked "or null" belong to optional arguments.
 template <typename T>
 struct SelectiveScanArgs {
   const T* u;           // (b, d, l)
@@ -50,8 +59,8 @@ struct SelectiveScanArgs {
 
 template <typename T>
 struct Scan2dArgs {
-  const T* x;                  // (b, h w, d)
-  const T* projections;        // (b, h w, k, r + 2 n)
+  Input<T> x;                  // (b, h w, d)
+  Input<T> projections;        // (b, h w, k, r + 2 n)
   const T* dt_weight;          // (k, d, r)
   const T* dt_bias;            // (k, d) or null
   const T* A;                  // (k, d, n)
@@ -62,7 +71,7 @@ struct Scan2dArgs {
   bool delta_softplus;
   T* out;             // forward: (b, h w, d)
   T* carries;         // (b, k, chunks, n, d): written by the forward unless null, read by the backward
-  const T* grad_out;  // backward: (b, h w, d)
+  Input<T> grad_out;  // backward: (b, h w, d)
   T* dx;              // (b, h w, d)
   // Partial sums, as above.
   T* dprojections;  // (blocks, b, h w, k, r + 2 n)
@@ -75,7 +84,7 @@ struct Scan2dArgs {
 // The kernels of one instruction set. A task is one batch entry and one block of channels; tasks are independent.
 template <typename T>
 struct Kernels {
-  int64_t (*block_width)(int64_t channels);            // channels per task, the same for every instruction set
+  int64_t (*block_width)(int64_t channels);            // channels per task
   int64_t (*workspace)(int64_t states, int64_t rank);  // scratch of one thread, in elements
   void (*selective_scan)(const SelectiveScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
   void (*selective_scan_backward)(const SelectiveScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);

@@ -28,7 +28,7 @@ struct Routes {
   }
 };
 
-// The inputs in the precision of the state, kept alive while the kernels read them.
+// The inputs as the kernels read them, kept alive meanwhile.
 template <typename T>
 struct Inputs {
   Tensor x, projections, dt_weight, A;
@@ -39,8 +39,8 @@ struct Inputs {
 
   Inputs(const Tensor& x_, const Tensor& projections_, const Tensor& dt_weight_, const std::optional<Tensor>& dt_bias_,
          const Tensor& A_, const std::optional<Tensor>& D_, const Routes& routes_, bool delta_softplus)
-      : x(as_input<T>(x_)),
-        projections(as_input<T>(projections_)),
+      : x(as_rows<T>(x_)),
+        projections(as_rows<T>(projections_)),
         dt_weight(as_input<T>(dt_weight_)),
         A(as_input<T>(A_)),
         dt_bias(as_input<T>(dt_bias_)),
@@ -62,8 +62,8 @@ struct Inputs {
                         (!dt_bias || dt_bias->numel() == parameters) && (!D || D->numel() == parameters),
                     "mmvmamba::scan2d: the shapes of the arguments do not belong together");
     set_routes(pixels);
-    args.x = data<T>(x);
-    args.projections = data<T>(projections);
+    args.x = rows<T>(x);
+    args.projections = rows<T>(projections);
     args.dt_weight = data<T>(dt_weight);
     args.dt_bias = data_or_null<T>(dt_bias);
     args.A = data<T>(A);
@@ -91,7 +91,7 @@ struct Inputs {
                       "mmvmamba::scan2d: the permutation holds pixel ", args.permutation[i], ", the map has ", pixels);
   }
 
-  Tensor empty(std::vector<int64_t> shape) const { return torch::stable::new_empty(x, shape); }
+  Tensor empty(std::vector<int64_t> shape) const { return torch::stable::new_empty(A, shape); }
 };
 
 template <typename T>
@@ -120,7 +120,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <typename T>
 Gradients backward(const Tensor& grad_out_, Inputs<T> in, const Tensor& carries_) {
   auto& a = in.args;
-  const Tensor grad_out = as_input<T>(grad_out_), carries = as_input<T>(carries_);
+  const Tensor grad_out = as_rows<T>(grad_out_), carries = as_input<T>(carries_);
   STD_TORCH_CHECK(
       grad_out.numel() == in.x.numel() && carries.numel() == a.batch * a.routes * in.chunks * a.states * a.channels,
       "mmvmamba::scan2d_backward: grad_out or carries do not belong to the inputs");
@@ -131,7 +131,7 @@ Gradients backward(const Tensor& grad_out_, Inputs<T> in, const Tensor& carries_
   Tensor ddt_bias = in.empty({in.dt_bias ? a.batch : 0, a.routes, a.channels});
   Tensor dD = in.empty({in.D ? a.batch : 0, a.routes, a.channels});
   a.carries = const_cast<T*>(data<T>(carries));
-  a.grad_out = data<T>(grad_out);
+  a.grad_out = rows<T>(grad_out);
   a.dx = mutable_data<T>(dx);
   a.dprojections = mutable_data<T>(dprojections);
   a.ddt_weight = mutable_data<T>(ddt_weight);

@@ -50,21 +50,20 @@ MMVMAMBA_INLINE void visited_pixels(const Scan2dArgs<T>& a, int64_t route, int64
   }
 }
 
-// A row of `width` channels as whole vectors: where it lies, or copied to `scratch`.
-template <typename T, int NV>
-MMVMAMBA_INLINE const T* whole_row(const T* source, T* scratch, int64_t width) {
-  constexpr int64_t block = NV * kLanes<T>;
-  if (width == block) return source;
-  load_row(scratch, source, width, block);
-  return scratch;
-}
-
 // Routes along columns and permutations read lines that no hardware prefetcher foresees; ask for those of the next
 // chunk.
-template <typename T, int NV>
-MMVMAMBA_INLINE void prefetch_rows(const T* map, int64_t channels, const int64_t* pixels, int64_t steps) {
-  for (int64_t t = 0; t < steps; ++t)
-    for (int v = 0; v < NV; ++v) __builtin_prefetch(map + pixels[t] * channels + v * kLanes<T>);
+template <int NV>
+MMVMAMBA_INLINE void prefetch_rows(const void* map, int64_t element_size, int64_t first, int64_t channels,
+                                   const int64_t* pixels, int64_t steps) {
+  for (int64_t t = 0; t < steps; ++t) {
+    const char* row = static_cast<const char*>(map) + (first + pixels[t] * channels) * element_size;
+    for (int line = 0; line < NV; ++line) __builtin_prefetch(row + 64 * line);
+  }
+}
+
+template <typename T>
+MMVMAMBA_INLINE int64_t element_size(const Input<T>& input) {
+  return input.element == Element::kSame ? sizeof(T) : 2;
 }
 
 template <typename T, int NV>
@@ -74,8 +73,9 @@ MMVMAMBA_INLINE void gather_chunk(const Scan2dArgs<T>& a, Scratch<T>& s, const M
   const int64_t map = a.height * a.width, features = a.rank + 2 * a.states;
   for (int64_t t = 0; t < steps; ++t) {
     const int64_t pixel = task.batch * map + pixels[t];
-    s.u[t] = whole_row<T, NV>(a.x + pixel * a.channels + task.first, s.u_rows + t * block, task.width);
-    s.dt[t] = a.projections + (pixel * a.routes + route) * features;
+    s.u[t] = input_row(a.x, pixel * a.channels + task.first, s.u_rows + t * block, task.width, block);
+    s.dt[t] = input_row(a.projections, (pixel * a.routes + route) * features, s.feature_rows + t * s.features, features,
+                        features);
     s.B[t] = s.dt[t] + a.rank;
     s.C[t] = s.B[t] + a.states;
   }
@@ -120,8 +120,9 @@ MMVMAMBA_INLINE void scan2d_route(const Scan2dArgs<T>& a, Scratch<T>& s, const M
     if (chunk + 1 < chunks) {
       const int64_t next_steps = min_of(kChunk, a.length - start - kChunk);
       visited_pixels(a, route, start + kChunk, next_steps, next_pixels);
-      prefetch_rows<T, NV>(a.x + task.batch * map * a.channels + task.first, a.channels, next_pixels, next_steps);
-      if (add) prefetch_rows<T, NV>(out, a.channels, next_pixels, next_steps);
+      const int64_t first = task.batch * map * a.channels + task.first;
+      prefetch_rows<NV>(a.x.data, element_size(a.x), first, a.channels, next_pixels, next_steps);
+      if (add) prefetch_rows<NV>(a.out, sizeof(T), first, a.channels, next_pixels, next_steps);
     }
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
     for (int64_t t = 0; t < steps; ++t) s.y[t] = whole ? out + pixels[t] * a.channels : s.y_rows + t * block;
@@ -174,15 +175,15 @@ MMVMAMBA_INLINE void scan2d_route_backward(const Scan2dArgs<T>& a, Scratch<T>& s
     visited_pixels(a, route, start, steps, pixels);
     if (chunk > 0) {
       visited_pixels(a, route, start - kChunk, kChunk, next_pixels);
-      const int64_t at = task.batch * map * a.channels + task.first;
-      prefetch_rows<T, NV>(a.x + at, a.channels, next_pixels, kChunk);
-      prefetch_rows<T, NV>(a.grad_out + at, a.channels, next_pixels, kChunk);
-      if (add) prefetch_rows<T, NV>(a.dx + at, a.channels, next_pixels, kChunk);
+      const int64_t first = task.batch * map * a.channels + task.first;
+      prefetch_rows<NV>(a.x.data, element_size(a.x), first, a.channels, next_pixels, kChunk);
+      prefetch_rows<NV>(a.grad_out.data, element_size(a.grad_out), first, a.channels, next_pixels, kChunk);
+      if (add) prefetch_rows<NV>(a.dx, sizeof(T), first, a.channels, next_pixels, kChunk);
     }
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t at = (task.batch * map + pixels[t]) * a.channels + task.first;
-      s.dy[t] = whole_row<T, NV>(a.grad_out + at, s.dy_rows + t * block, task.width);
+      s.dy[t] = input_row(a.grad_out, at, s.dy_rows + t * block, task.width, block);
       s.du[t] = whole ? a.dx + at : s.du_rows + t * block;
     }
     const int64_t carry = ((task.batch * a.routes + route) * chunks + chunk) * a.states;

@@ -20,6 +20,9 @@ namespace {
 #define MMVMAMBA_WHOLE_VECTOR_SHUFFLES 0
 #endif
 
+typedef float V4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+
 #if MMVMAMBA_WHOLE_VECTOR_SHUFFLES
 // Lane j of the halves of a pair of vectors whose indices differ in bit 0, 1, 2 or 3: first[j] is a[j] where that bit
 // of j is 0 and b[j - bit] elsewhere; second[j] is a[j + bit] and b[j].
@@ -59,40 +62,35 @@ MMVMAMBA_INLINE void add_pairs(Vec<float>* rows) {
 #endif
 
 MMVMAMBA_INLINE float sum_lanes(Vec<float> v) {
-  typedef float V8 __attribute__((vector_size(32)));
-  typedef float V4 __attribute__((vector_size(16)));
-  V8 low8, high8;
-  __builtin_memcpy(&low8, &v, 32);
-  __builtin_memcpy(&high8, reinterpret_cast<const char*>(&v) + 32, 32);
-  const V8 sum8 = low8 + high8;
-  V4 low4, high4;
-  __builtin_memcpy(&low4, &sum8, 16);
-  __builtin_memcpy(&high4, reinterpret_cast<const char*>(&sum8) + 16, 16);
-  const V4 sum4 = low4 + high4;
-  return (sum4[0] + sum4[2]) + (sum4[1] + sum4[3]);
+  constexpr int kParts = kVectorBytes / 16;
+  V4 part[kParts];
+  __builtin_memcpy(part, &v, sizeof(v));
+  for (int width = kParts / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
 MMVMAMBA_INLINE double sum_lanes(Vec<double> v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  for (int width = kLanes<double> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
 }
 
 // sums[i] = sum of the lanes of rows[i], for kLanes rows of one vector each.
-MMVMAMBA_INLINE void sum_rows(const float* rows, float* sums) {
+template <typename T>
+MMVMAMBA_INLINE void sum_rows(const T* rows, T* sums) {
 #if MMVMAMBA_WHOLE_VECTOR_SHUFFLES
-  Vec<float> v[16];
-  for (int i = 0; i < 16; ++i) v[i] = load(rows + 16 * i);
-  add_pairs<1>(v);
-  add_pairs<2>(v);
-  add_pairs<4>(v);
-  add_pairs<8>(v);
-  store<float>(sums, v[0]);
-#else
-  for (int i = 0; i < 16; ++i) sums[i] = sum_lanes(load(rows + 16 * i));
+  if constexpr (sizeof(T) == sizeof(float)) {
+    Vec<float> v[16];
+    for (int i = 0; i < 16; ++i) v[i] = load(rows + 16 * i);
+    add_pairs<1>(v);
+    add_pairs<2>(v);
+    add_pairs<4>(v);
+    add_pairs<8>(v);
+    return store<T>(sums, v[0]);
+  }
 #endif
-}
-
-MMVMAMBA_INLINE void sum_rows(const double* rows, double* sums) {
-  for (int i = 0; i < 8; ++i) sums[i] = sum_lanes(load(rows + 8 * i));
+  for (int i = 0; i < kLanes<T>; ++i) sums[i] = sum_lanes(load(rows + i * kLanes<T>));
 }
 
 // Transpose 16 x 16 numbers; strides in numbers.
@@ -106,8 +104,6 @@ MMVMAMBA_INLINE void transpose_tile(float* target, int64_t target_stride, const 
   exchange<8>(v);
   for (int i = 0; i < 16; ++i) store<float>(target + i * target_stride, v[i]);
 #else
-  typedef float V4 __attribute__((vector_size(16)));
-  typedef int32_t I4 __attribute__((vector_size(16)));
   for (int i = 0; i < 16; i += 4)
     for (int j = 0; j < 16; j += 4) {
       V4 r[4];

@@ -1,5 +1,6 @@
-// 64-byte vectors through the vector extension of GCC and Clang, and the transcendental functions of the scan on them.
-// The compiler lowers one vector to one AVX-512, two AVX2 or four SSE/NEON registers. Everything has internal linkage.
+// Vectors of one register through the vector extension of GCC and Clang, and the transcendental functions of the scan
+// on them. (Wider vectors than the processor has would compile too, but GCC takes some operations on them apart into
+// single numbers: with 64 bytes everywhere, the AVX2 kernels were ten times slower.) Everything has internal linkage.
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +8,7 @@
 #include <immintrin.h>  // the compiler's own, every function inlined into its caller
 #endif
 
-// Passing 64-byte vectors by value differs between instruction sets; nothing here crosses a translation unit.
+// Passing vectors by value differs between instruction sets; nothing here crosses a translation unit.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
@@ -17,17 +18,26 @@ namespace {
 
 #define MMVMAMBA_INLINE inline __attribute__((always_inline))
 
+#if defined(MMVMAMBA_AVX512)
+constexpr int kVectorBytes = 64;
+#elif defined(MMVMAMBA_AVX2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 template <typename T>
 struct VecTraits;
 template <>
 struct VecTraits<float> {
-  typedef float V __attribute__((vector_size(64)));
-  typedef int32_t I __attribute__((vector_size(64)));
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t U __attribute__((vector_size(kVectorBytes)));  // for exponents: unsigned numbers may overflow
 };
 template <>
 struct VecTraits<double> {
-  typedef double V __attribute__((vector_size(64)));
-  typedef int64_t I __attribute__((vector_size(64)));
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
 };
 
 template <typename T>
@@ -35,7 +45,7 @@ using Vec = typename VecTraits<T>::V;
 template <typename T>
 using VecMask = typename VecTraits<T>::I;
 template <typename T>
-constexpr int kLanes = 64 / sizeof(T);
+constexpr int kLanes = kVectorBytes / sizeof(T);
 
 template <typename T>
 MMVMAMBA_INLINE Vec<T> load(const T* p) {
@@ -71,39 +81,23 @@ MMVMAMBA_INLINE Vec<T> at_most(Vec<T> x, T limit) {
   return x > limit ? splat(limit) : x;
 }
 #if defined(MMVMAMBA_AVX512)
-template <>
-MMVMAMBA_INLINE Vec<float> at_least(Vec<float> x, float limit) {
-  return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)splat(limit), (__m512)x);
-}
-template <>
-MMVMAMBA_INLINE Vec<float> at_most(Vec<float> x, float limit) {
-  return (Vec<float>)_mm512_maskz_min_ps(0xffff, (__m512)splat(limit), (__m512)x);
-}
+#define MMVMAMBA_MINMAX(function, limit, x) _mm512_maskz_##function##_ps(0xffff, limit, x)
+typedef __m512 Register;
+#elif defined(MMVMAMBA_AVX2)
+#define MMVMAMBA_MINMAX(function, limit, x) _mm256_##function##_ps(limit, x)
+typedef __m256 Register;
 #elif defined(__SSE2__)
-#if defined(MMVMAMBA_AVX2)
-#define MMVMAMBA_HALVES(function) \
-  for (int i = 0; i < 2; ++i) part[i] = _mm256_##function##_ps(_mm256_set1_ps(limit), part[i]);
-typedef __m256 MaxRegister;
-#else
-#define MMVMAMBA_HALVES(function) \
-  for (int i = 0; i < 4; ++i) part[i] = _mm_##function##_ps(_mm_set1_ps(limit), part[i]);
-typedef __m128 MaxRegister;
+#define MMVMAMBA_MINMAX(function, limit, x) _mm_##function##_ps(limit, x)
+typedef __m128 Register;
 #endif
+#if defined(MMVMAMBA_MINMAX)
 template <>
 MMVMAMBA_INLINE Vec<float> at_least(Vec<float> x, float limit) {
-  MaxRegister part[sizeof(x) / sizeof(MaxRegister)];
-  __builtin_memcpy(part, &x, sizeof(x));
-  MMVMAMBA_HALVES(max)
-  __builtin_memcpy(&x, part, sizeof(x));
-  return x;
+  return (Vec<float>)MMVMAMBA_MINMAX(max, (Register)splat(limit), (Register)x);
 }
 template <>
 MMVMAMBA_INLINE Vec<float> at_most(Vec<float> x, float limit) {
-  MaxRegister part[sizeof(x) / sizeof(MaxRegister)];
-  __builtin_memcpy(part, &x, sizeof(x));
-  MMVMAMBA_HALVES(min)
-  __builtin_memcpy(&x, part, sizeof(x));
-  return x;
+  return (Vec<float>)MMVMAMBA_MINMAX(min, (Register)splat(limit), (Register)x);
 }
 #endif
 
@@ -137,14 +131,14 @@ MMVMAMBA_INLINE Vec<float> exp2_fraction_short(Vec<float> f) {
 template <bool kShort = false>
 MMVMAMBA_INLINE Vec<float> exp2_bounded(Vec<float> t) {
   typedef Vec<float> V;
-  typedef VecMask<float> I;
+  typedef VecTraits<float>::U U;
   t = at_least(t, -126.0f);
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum. A cast between vector types
   // keeps the bits; the shift leaves the integer in the field of the exponent and drops everything else.
   const V magic = splat(12582912.0f);
   const V shifted = t + magic;
   const V f = t - (shifted - magic);
-  return (V)((I)(kShort ? exp2_fraction_short(f) : exp2_fraction(f)) + ((I)shifted << 23));
+  return (V)((U)(kShort ? exp2_fraction_short(f) : exp2_fraction(f)) + ((U)shifted << 23));
 }
 
 MMVMAMBA_INLINE Vec<double> exp2_bounded(Vec<double> t) {
@@ -157,15 +151,16 @@ MMVMAMBA_INLINE Vec<double> exp2_bounded(Vec<double> t) {
 // second is a power of two, so that this rounds only once. NaN stays NaN.
 MMVMAMBA_INLINE void exp2_factors(Vec<float> t, Vec<float>& first, Vec<float>& second) {
   typedef Vec<float> V;
-  typedef VecMask<float> I;
+  typedef VecTraits<float>::U U;
   const V clamped = at_most(at_least(t, -126.0f), 254.0f);
   const V magic = splat(12582912.0f);
   const V shifted = clamped + magic;
   const V f = clamped - (shifted - magic);
-  const I power = (I)shifted - (I)magic, half = power >> 1;
-  first = (V)((I)exp2_fraction(f) + (half << 23));
+  // The shift to the right must know the sign; -126 ... 254 becomes 0 ... 380 and back.
+  const U power = (U)shifted - (U)magic, half = ((power + 126u) >> 1) - 63u;
+  first = (V)((U)exp2_fraction(f) + (half << 23));
   first = t != t ? t : first;
-  second = (V)((power - half + 127) << 23);
+  second = (V)((power - half + 127u) << 23);
 }
 
 MMVMAMBA_INLINE void exp2_factors(Vec<double> t, Vec<double>& first, Vec<double>& second) {

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from mmvmamba.envs import is_first_rank, requested_backend
+from mmvmamba.envs import cpu_capability_limit, is_first_rank, requested_backend
 from mmvmamba.errors import BackendError, ConfigError, nearest_spelling
 from mmvmamba.ops import extension
 
@@ -46,6 +46,7 @@ class _Default(NamedTuple):
 
 _default = _Default(requested_backend(), "the environment variable MMVMAMBA_BACKEND")
 _warned = False
+_portable_kernels_checked = False
 
 
 def why_not_compiled(device_type: str) -> str | None:
@@ -130,12 +131,28 @@ def choose_backend(name: str | None, device_type: str) -> Choice:
     problem = why_not_compiled(device_type)
     if name is None:
         if problem is None:
+            warn_of_portable_kernels()
             return Choice("compiled", False)
         warn_of_fallback(device_type)
         return Choice("reference", False)
     if check_backend_name(name, origin) == "compiled" and problem is not None:
         raise BackendError(f"backend 'compiled' was asked for by {origin} and cannot run: {problem}")
     return Choice(name, True)
+
+
+def warn_of_portable_kernels() -> None:
+    """Tell the user, once per process and on rank 0 only, that this processor is too old for the fast CPU kernels."""
+    global _portable_kernels_checked
+    if _portable_kernels_checked or torch.compiler.is_compiling():
+        return
+    _portable_kernels_checked = True
+    if torch.ops.mmvmamba.cpu_capability() != "default" or cpu_capability_limit() is not None or not is_first_rank():
+        return
+    warnings.warn(
+        "mmvmamba runs its portable CPU kernels, several times slower than the others, because this processor has "
+        "neither AVX2 with FMA nor AVX-512 nor NEON. The results are the same; use a newer processor for speed.",
+        stacklevel=5,
+    )
 
 
 def warn_of_fallback(device_type: str) -> None:

@@ -31,7 +31,7 @@ SCHEMAS = (
     " -> (Tensor out, Tensor carries)",
     f"scan2d_backward(Tensor grad_out, {_SCAN2D_INPUTS}, {_ROUTES}, bool delta_softplus, Tensor carries)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # The instruction set of the compiled CPU kernels: default, avx2 or avx512. Exists only where they are loaded.
+    # The instruction set of the compiled CPU kernels: default, neon, avx2 or avx512. Exists only where they are loaded.
     "cpu_capability() -> str",
 )
 

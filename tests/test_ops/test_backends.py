@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,25 @@ print(sum("mmvmamba falls back" in str(w.message) for w in caught))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "1"
     assert run(code, unbuilt, RANK="1").stdout.strip() == "0"
+
+
+@requires_extension()
+@pytest.mark.ext
+@pytest.mark.parametrize(
+    ("capability", "limit", "messages"),
+    [("default", None, 1), ("default", "default", 0), ("neon", None, 0), ("avx2", None, 0), ("avx512", None, 0)],
+)
+def test_an_old_processor_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capability: str, limit: str | None, messages: int
+) -> None:
+    monkeypatch.setattr(backends, "_portable_kernels_checked", False)
+    monkeypatch.setattr(torch.ops.mmvmamba, "cpu_capability", lambda: capability)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            scan2d(*scan2d_arguments(3, 4))
+    ours = [str(warning.message) for warning in caught if "portable CPU kernels" in str(warning.message)]
+    assert len(ours) == messages
