@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <type_traits>
 #include <vector>
 
 #include "scalar_scan.hh"
@@ -37,6 +38,15 @@ void run_tasks(void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& ar
 }
 
 inline int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// Inputs that a kernel can read in several types are given in that of the state.
+template <typename Field, typename T>
+void set_input(Field& field, const Buffer<T>& buffer) {
+  if constexpr (std::is_pointer_v<Field>)
+    field = buffer.data();
+  else
+    field = {buffer.data(), decltype(field.element)::kSame};
+}
 
 template <typename T>
 std::vector<T> as_vector(const Buffer<T>& buffer) {
@@ -129,8 +139,8 @@ Results<T> run(const Kernels<T>& kernels, const MapProblem<T>& p, const Executio
   Buffer<T> ddt_bias = empty(p.has_bias ? p.b * p.k * p.d : 0), dA = empty(p.b * p.k * p.d * p.n);
   Buffer<T> dD = empty(p.has_D ? p.b * p.k * p.d : 0);
   Scan2dArgs<T> args{};
-  args.x = p.x.data();
-  args.projections = p.projections.data();
+  set_input(args.x, p.x);
+  set_input(args.projections, p.projections);
   args.dt_weight = p.dt_weight.data();
   args.dt_bias = p.dt_bias.data();
   args.A = p.A.data();
@@ -151,7 +161,7 @@ Results<T> run(const Kernels<T>& kernels, const MapProblem<T>& p, const Executio
   args.out = out.data();
   args.carries = carries.data();
   run_tasks(kernels.scan2d, args, tasks, scratch, execution);
-  args.grad_out = p.grad_out.data();
+  set_input(args.grad_out, p.grad_out);
   args.dx = dx.data();
   args.dprojections = dprojections.data();
   args.ddt_weight = ddt_weight.data();

@@ -66,8 +66,22 @@ struct ChannelScan {
   Sum dD;
 
   ChannelScan(int64_t states, int64_t length)
-      : n(states), l(length), u(l), raw(l), dy(l), A(n), B(l * n), C(l * n), q(n), y(l), last(n), du(l), draw(l), dA(n),
-        dB(l * n), dC(l * n) {}
+      : n(states),
+        l(length),
+        u(l),
+        raw(l),
+        dy(l),
+        A(n),
+        B(l * n),
+        C(l * n),
+        q(n),
+        y(l),
+        last(n),
+        du(l),
+        draw(l),
+        dA(n),
+        dB(l * n),
+        dC(l * n) {}
 
   double step(int64_t t) const { return !softplus || raw[t] > 20 ? raw[t] : std::log1p(std::exp(raw[t])); }
   double slope(int64_t t) const { return !softplus || raw[t] > 20 ? 1 : 1 / (1 + std::exp(-raw[t])); }
@@ -144,9 +158,9 @@ std::vector<Expected> scalar_selective_scan(const ScanProblem<T>& p) {
       }
     }
   std::vector<Expected> results = {{"out", Bound::kForward, out}, {"last_state", Bound::kForward, last},
-                             {"du", Bound::kStream, du},    {"ddelta", Bound::kStream, ddelta},
-                             {"dA", Bound::kParameter, dA}, {"dB", Bound::kStream, dB},
-                             {"dC", Bound::kStream, dC}};
+                                   {"du", Bound::kStream, du},    {"ddelta", Bound::kStream, ddelta},
+                                   {"dA", Bound::kParameter, dA}, {"dB", Bound::kStream, dB},
+                                   {"dC", Bound::kStream, dC}};
   if (p.has_D) results.push_back({"dD", Bound::kParameter, dD});
   if (p.has_bias) results.push_back({"ddelta_bias", Bound::kParameter, dbias});
   return results;
@@ -230,10 +244,10 @@ std::vector<Expected> scalar_scan2d(const MapProblem<T>& p) {
         add_channel(p, b, route, c, s, sums);
       }
   std::vector<Expected> results = {{"out", Bound::kForward, sums.out},
-                             {"dx", Bound::kStream, sums.dx},
-                             {"dprojections", Bound::kStream, sums.dprojections},
-                             {"ddt_weight", Bound::kParameter, sums.ddt_weight},
-                             {"dA", Bound::kParameter, sums.dA}};
+                                   {"dx", Bound::kStream, sums.dx},
+                                   {"dprojections", Bound::kStream, sums.dprojections},
+                                   {"ddt_weight", Bound::kParameter, sums.ddt_weight},
+                                   {"dA", Bound::kParameter, sums.dA}};
   if (p.has_bias) results.push_back({"ddt_bias", Bound::kParameter, sums.ddt_bias});
   if (p.has_D) results.push_back({"dD", Bound::kParameter, sums.dD});
   return results;
