@@ -26,7 +26,7 @@ PASSES = (FORWARD, BACKWARD)
 SCAN, CORE, SEQUENCE = "scan", "core", "sequence"
 BOUNDARIES = (SCAN, CORE, SEQUENCE)
 
-CHECK_BYTES = 2 << 30
+CHECK_BYTES = 256 << 20
 """A (b, k d, l, n) tensor in float64 may be this large in a check; beyond, a sample of the channels is compared."""
 CHECKED_CHANNELS = 24
 
