@@ -182,8 +182,9 @@ def test_backbone_that_disagrees_with_the_reference_ends_the_run(monkeypatch, ca
 
     right = SS2D.scan
     # The reference runs in float64: what is timed alone is wrong.
-    monkeypatch.setattr(SS2D, "scan", lambda self, x: right(self, x) + (x.dtype != torch.float64) * x)
-    assert backbones.main(["--variant", "nano", "--sizes", "32", "--models", "vmamba"]) == 1
+    monkeypatch.setattr(SS2D, "scan", lambda self, x: right(self, x) + (x.dtype != torch.float64) * x.flip(3))
+    arguments = ["--threads", "1", "--seconds", "0.01", "--variant", "nano", "--sizes", "32", "--models", "vmamba"]
+    assert backbones.main(arguments) == 1
     assert "differs from the reference" in capsys.readouterr().err
 
 
@@ -221,5 +222,7 @@ def test_a_detector_whose_backbone_is_not_trained_ends_the_run(monkeypatch, caps
         return model
 
     monkeypatch.setattr(detectors, "build", build)
-    assert detectors.main(["--nano", "--size", "64", "--tasks", "upernet", "--backbones", "vmamba"]) == 1
+    assert (
+        detectors.main(["--nano", "--size", "64", "--tasks", "upernet", "--backbones", "vmamba", "--threads", "1"]) == 1
+    )
     assert "no gradient for unused" in capsys.readouterr().err
