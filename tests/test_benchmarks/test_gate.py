@@ -31,11 +31,11 @@ SEEDS = range(60)
 class Machine:
     """A clock that only moves when a contestant runs, by its time, disturbed now and then."""
 
-    def __init__(self, seed: int = 0, disturbance: float = 0.0, **factors: float) -> None:
+    def __init__(self, seed: int = 0, disturbance: float = 0.0, held_up: float = 2 / 3, **factors: float) -> None:
         self.now = 0.0
         self.calls = 0
         self.random = random.Random(seed)  # noqa: S311 (no secrets here)
-        self.disturbance = disturbance
+        self.disturbance, self.held_up = disturbance, held_up
         self.seconds = {name: seconds * factors.get(name, 1.0) for name, seconds in SECONDS.items()}
 
     def clock(self) -> float:
@@ -43,8 +43,8 @@ class Machine:
 
     def _run(self, name: str) -> None:
         self.calls += 1
-        # Two runs of three are held up, by up to the disturbance; what is left varies by a percent.
-        held_up = self.random.random() < 2 / 3
+        # That share of the runs is held up, by up to the disturbance; what is left varies by a percent.
+        held_up = self.random.random() < self.held_up
         factor = 1 + 0.01 * self.random.random() + held_up * self.disturbance * self.random.random()
         self.now += self.seconds[name] * factor
 
@@ -173,6 +173,17 @@ def test_update_does_not_record_a_kernel_slower_than_the_reference(tmp_path, cap
     machine = Machine(ours=50)
     assert gate.main(["--file", str(path), "--rounds", "3", "--update"], [machine.case()], machine.clock) == 2
     assert "Repair the kernel" in capsys.readouterr().err
+    assert path.read_text() == '{"machines": []}'
+
+
+@requires_extension()
+def test_update_on_a_noisy_machine_records_nothing(tmp_path, capsys) -> None:
+    path = tmp_path / "gate.json"
+    path.write_text('{"machines": []}')
+    # Every run is held up, so that no round shows what the kernels can do.
+    machine = Machine(disturbance=4.0, held_up=1.0)
+    assert gate.main(["--file", str(path), "--rounds", "3", "--update"], [machine.case()], machine.clock) == 2
+    assert "Run where nothing else runs" in capsys.readouterr().err
     assert path.read_text() == '{"machines": []}'
 
 
