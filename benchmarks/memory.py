@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def run_here(module: str, function: str, arguments: dict[str, object]) -> Peak:
     before = _ru_maxrss()
     step()
     return Peak(before, _ru_maxrss(), "ru_maxrss")
+
+
+def allocate(mebibytes: int, built: int = 0) -> Callable[[], object]:
+    """A case of known need, to show that the measurement is right: bytes are written, so they become resident.
+
+    Args:
+        mebibytes: What the step allocates.
+        built: What building it allocates and frees.
+    """
+    unit = 1 << 20
+    bytearray(b"1") * (built * unit)
+    return lambda: bytearray(b"1") * (mebibytes * unit)
 
 
 def measure(module: str, function: str, arguments: dict[str, object], repeats: int = 1) -> Peak:

@@ -39,7 +39,7 @@ _CONVNEXT: dict[str, Any] = {
 }
 VARIANTS = tuple(_VMAMBA)
 
-BOUND = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
 """Largest error of VMamba's features and of the gradient of its image against the reference in float64."""
 
 
@@ -151,6 +151,7 @@ def check_vmamba(peer: Peer, variant: str, dtype: torch.dtype) -> None:
         DisagreementError: They differ.
     """
     model = peer.build(variant)
+    _randomise(model)
     model.eval()
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -160,6 +161,16 @@ def check_vmamba(peer: Peer, variant: str, dtype: torch.dtype) -> None:
     with use_backend("reference"):
         expected = _features_and_gradient(model.double(), image.double(), torch.float64, weights)
     check(peer.label(variant), found, expected, dict.fromkeys(expected, BOUND[dtype]))
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    """Draw weights with which every branch matters; at their start, the residual way hides what a scan computes."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def _features_and_gradient(

@@ -2,8 +2,8 @@
 
 Shapes, boundaries and dtypes are those of `benchmarks.cases`; who takes part, and where a contestant has a declared
 limit, stands in `benchmarks.contestants`. Every contestant is compared with the reference in float64 before it is
-timed; one that disagrees ends the run. A matrix product of fixed size runs in the same rounds as a yardstick of the machine.
-Where the four stages of VMamba-T were all timed, a row with the sum over its blocks follows.
+timed; one that disagrees ends the run. A matrix product of fixed size runs in the same rounds as a yardstick of the
+machine. Where the four stages of VMamba-T were all timed, a row with the sum over its blocks follows.
 """
 
 from __future__ import annotations
