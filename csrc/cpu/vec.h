@@ -169,10 +169,10 @@ MMVMAMBA_INLINE void exp2_factors(Vec<double> t, Vec<double>& first, Vec<double>
   second = first;
 }
 
-// exp(x) for x <= 88, as exp2_bounded.
+// exp(x) between 2^-126 and 2^127 (float), to which it saturates. The result for NaN is unspecified.
 template <typename T>
 MMVMAMBA_INLINE Vec<T> exp_vec(Vec<T> x) {
-  return exp2_bounded(x * T(1.4426950408889634074));
+  return exp2_bounded(at_most(x * T(1.4426950408889634074), T(sizeof(T) == sizeof(float) ? 127 : 1023)));
 }
 
 // log2(1 + e) for e in [0, 1], with a small relative error also for tiny e.
