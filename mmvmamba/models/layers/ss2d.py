@@ -13,7 +13,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmvmamba.errors import ConfigError
 from mmvmamba.models.layers.activation import Activation, build_activation
@@ -21,6 +20,7 @@ from mmvmamba.models.layers.checks import check_choice
 from mmvmamba.models.layers.conv import ChannelsLastConv2d
 from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.norm import LayerNorm
+from mmvmamba.models.layers.onednn import linear
 from mmvmamba.models.layers.ssm_init import SSMInit, init_ssm_
 from mmvmamba.ops import CROSS_SCAN, ScanOrder, scan2d
 
@@ -125,7 +125,7 @@ class SS2D(nn.Module):
         b, h, w, _ = x.shape
         k, width, _ = self.x_proj_weight.shape
         weight, bias, decay, skip = self.scan_parameters(x.dtype)
-        projections = F.linear(x, self.x_proj_weight.flatten(0, 1)).view(b, h, w, k, width)
+        projections = linear(x, self.x_proj_weight.flatten(0, 1)).view(b, h, w, k, width)
         return scan2d(
             x,
             projections,
