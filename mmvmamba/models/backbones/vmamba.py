@@ -29,7 +29,9 @@ from mmvmamba.models.layers import (
     drop_path_schedule,
 )
 from mmvmamba.models.layers.activation import Activation
+from mmvmamba.models.layers.fused_block import fused_tail, fused_tail_dtype
 from mmvmamba.models.layers.norm import Norm
+from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.patch import Downsample, PatchEmbed
 from mmvmamba.models.layers.ss2d import OutNorm
 from mmvmamba.models.layers.ssm_init import SSMInit
@@ -203,11 +205,20 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
+        if self.has_ssm and self.has_mlp and not self.post_norm and self._keeps_all():
+            dtype = fused_tail_dtype(x, self.op, self.norm2, self.mlp)
+            if dtype is not None:
+                return fused_tail(x, *self.op.mix(self.norm(x))[:2], self.op, self.norm2, self.mlp, dtype)
         if self.has_ssm:
             x = x + self.drop_path(self._branch(self.op, self.norm, x))
         if self.has_mlp:
             x = x + self.drop_path(self._branch(self.mlp, self.norm2, x))
         return x
+
+    def _keeps_all(self) -> bool:
+        """Whether the stochastic depth passes everything on, without anybody watching it."""
+        drop = self.drop_path
+        return type(drop) is DropPath and (drop.rate == 0.0 or not drop.training) and is_unobserved(drop)
 
     def _branch(self, body: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(body(x)) if self.post_norm else body(norm(x))

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mmvmamba.models.layers.onednn import multiply, serves_float32, serves_gradient, weight_gradient, without_autocast
+
+# Multiplications of a window below which PyTorch's own backward pass is as fast (docs/cpu_speed.md).
+_MIN_WINDOW = 9 * 96
 
 
 def pad_to_kernel(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -25,7 +32,15 @@ class ChannelsLastConv2d(nn.Conv2d):
     neither permutation moves data. In a half-precision model a float32 map (that of the scan) stays
     float32. A map that is smaller than the kernel even with the convolution's own padding is
     padded with zeros at the right and bottom up to the kernel; every other size follows the usual formula.
+
+    The weight (c', c, kh, kw) of an ungrouped convolution is stored with its channels last in memory, as maps are;
+    loading, copying and casting keep that, and every other layout gives the same numbers, more slowly.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.groups == 1:
+            self.weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (b, h, w, c)."""
@@ -33,4 +48,122 @@ class ChannelsLastConv2d(nn.Conv2d):
         if x.dtype == torch.float32 and self.weight.dtype in (torch.float16, torch.bfloat16):
             bias = None if self.bias is None else self.bias.float()
             return self._conv_forward(x, self.weight.float(), bias).permute(0, 2, 3, 1)
+        if self._gains_from_windows(x):
+            maps = x.permute(0, 2, 3, 1)
+            if torch.is_grad_enabled():
+                return _WindowConv.apply(maps, self.weight, self.bias, self.stride, self.padding)
+            return _convolve(maps, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x).permute(0, 2, 3, 1)
+
+    def _gains_from_windows(self, x: Tensor) -> bool:
+        """Whether the products of copied windows of ``x`` (b, c, h, w) are faster than PyTorch's convolution."""
+        plain = (
+            self.groups == 1
+            and self.dilation == (1, 1)
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and self.stride != (1, 1)  # a window's copy is as many times the map as windows overlap
+        )
+        if not plain or x.shape[1] != self.in_channels or not x.numel():
+            return False
+        window = self.weight[0].numel()
+        training = torch.is_grad_enabled() and window >= _MIN_WINDOW
+        return (training or _few_pixels(_out_size(x, self), window)) and serves_float32(x, self.weight, self.bias)
+
+
+def _few_pixels(pixels: tuple[int, int, int], window: int) -> bool:
+    """Whether packing the weight, which only PyTorch's convolution does slowly, outweighs copying the windows."""
+    b, rows, columns = pixels
+    return window >= _MIN_WINDOW and 2 * b * rows * columns <= window
+
+
+def _out_size(x: Tensor, conv: nn.Conv2d) -> tuple[int, int, int]:
+    rows, columns = (
+        (size + 2 * int(padding) - kernel) // stride + 1
+        for size, padding, kernel, stride in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+    )
+    return x.shape[0], rows, columns
+
+
+def _windows(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """Return a view (b, h', w', kh, kw, c) of the zero-padded map (b, h, w, c) with every window of the convolution."""
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    # Both come out behind the channels: (b, h', w', c, kh, kw).
+    return x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1]).permute(0, 1, 2, 4, 5, 3)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """View a weight (c', c, kh, kw), channels last in memory, as (c', kh * kw * c); another layout is copied."""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+) -> Tensor:
+    """Convolve ``x`` (b, h, w, c) by one product of all windows with the weight; (b, h', w', c')."""
+    windows = _windows(x, (weight.shape[2], weight.shape[3]), stride, padding)
+    matrix = _as_matrix(weight)
+    return multiply(windows.reshape(-1, matrix.shape[1]), matrix, bias).view(*windows.shape[:3], weight.shape[0])
+
+
+class _WindowConv(torch.autograd.Function):
+    """Strided convolution of a map (b, h, w, c) whose gradients are products of windows, twice differentiable.
+
+    The backward pass copies the windows again: kept, they would be more than twice the map.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        rows = (x.shape[1] + 2 * padding[0] - weight.shape[2]) // stride[0] + 1
+        columns = (x.shape[2] + 2 * padding[1] - weight.shape[3]) // stride[1] + 1
+        if _few_pixels((x.shape[0], rows, columns), weight[0].numel()):
+            return _convolve(x, weight, bias, stride, padding)
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding).permute(0, 2, 3, 1)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        if not serves_gradient(grad):
+            return *_plain_gradients(ctx, grad, x, weight), None, None
+        rows = grad.reshape(-1, weight.shape[0])
+        grad_x = grad_weight = None
+        if of_weight:
+            kernel = (weight.shape[2], weight.shape[3])
+            matrix = weight_gradient(rows, _windows(x, kernel, ctx.stride, ctx.padding).reshape(rows.shape[0], -1))
+            # In memory as the weight: the optimizer and DDP step through both together.
+            grad_weight = matrix.view(weight.shape[0], *kernel, -1).permute(0, 3, 1, 2)
+        if of_x:
+            grad_x = _input_gradient(multiply(rows, _as_matrix(weight).t()), grad, x, weight, ctx.stride, ctx.padding)
+        return grad_x, grad_weight, rows.sum(0) if of_bias else None, None, None
+
+
+def _input_gradient(
+    of_windows: Tensor, grad: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
+) -> Tensor:
+    """Add the gradients of all windows (b * h' * w', kh * kw * c) at the pixels they came from; (b, h, w, c)."""
+    (b, rows, columns, _), (_, h, w, c) = grad.shape, x.shape
+    kh, kw = weight.shape[2:]
+    of_windows = of_windows.view(b, rows, columns, kh, kw, c)
+    out = x.new_zeros(b, h + 2 * padding[0], w + 2 * padding[1], c)
+    for i in range(kh):
+        for j in range(kw):
+            at = out[:, i : i + rows * stride[0] : stride[0], j : j + columns * stride[1] : stride[1]]
+            at.add_(of_windows[:, :, :, i, j])
+    return out[:, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
+
+
+def _plain_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """The same three gradients by PyTorch's operator, which can be differentiated again."""
+    of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+    maps = (grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2))
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        *maps, weight, [weight.shape[0]], ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, [of_x, of_weight, of_bias]
+    )
+    return grad_x if grad_x is None else grad_x.permute(0, 2, 3, 1), grad_weight, grad_bias

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmvmamba.models.layers.activation import Activation, build_activation
 from mmvmamba.models.layers.linear import Linear
+from mmvmamba.models.layers.observers import is_unobserved
+from mmvmamba.models.layers.onednn import (
+    inference_dtype,
+    matmul,
+    multiply,
+    serves_float32,
+    serves_gradient,
+    weight_gradient,
+    without_autocast,
+)
+
+# Hidden values of one step of the chunked passes: 2 MiB of float32, which the next step finds in the cache and at the
+# same address. Fewer rows than the second number leave the product of the weights inefficient (docs/cpu_speed.md).
+_CHUNK_VALUES, _MIN_CHUNK = 2**19, 256
+# Multiplications of one linear map below which the perceptron is not fused.
+_MIN_WORK = 2**20
+
+
+def chunk_rows(hidden: int) -> int:
+    """Return how many pixels of ``hidden`` channels a chunked pass takes at a time, the same for every map size."""
+    return max(_CHUNK_VALUES // hidden // 64 * 64, _MIN_CHUNK) * torch.get_num_threads()
 
 
 class Mlp(nn.Module):
     """Linear, activation, dropout, linear, dropout.
+
+    With a GELU and no active dropout, a CPU walks over the pixels in chunks, so that the wide map between the two
+    linear maps stays in its cache and, while training, only its values before the activation are kept.
 
     Args:
         channels: Channels of input and output.
@@ -27,8 +55,104 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., c) to (..., c)."""
+        if self.can_fuse(x):
+            parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            if torch.is_grad_enabled():
+                if serves_float32(x, *parameters):
+                    return _GeluMlp.apply(x.reshape(-1, x.shape[-1]), *parameters).view(x.shape)
+            elif (dtype := inference_dtype(x, *parameters)) is not None:
+                return self._in_chunks(x.reshape(-1, x.shape[-1]), dtype).view(x.shape)
         x = self.drop(self.act(self.fc1(x)))
         return self.drop(self.fc2(x))
+
+    def can_fuse(self, x: Tensor) -> bool:
+        """Return whether two products with a GELU between are all there is, and worth it for ``x`` (..., c)."""
+        return (
+            type(self.fc1) is type(self.fc2) is Linear
+            and type(self.act) is nn.GELU
+            and self.act.approximate == "none"
+            and (self.drop.p == 0.0 or not self.drop.training)
+            and x.shape[-1] == self.fc1.in_features
+            and x.numel() * self.fc1.out_features >= _MIN_WORK
+            and is_unobserved(self.fc1, self.act, self.fc2, self.drop)
+        )
+
+    def narrow_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return weight and bias of both linear maps in ``dtype``, themselves if they have it."""
+        w1, b1, w2, b2 = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        return w1.to(dtype), None if b1 is None else b1.to(dtype), w2.to(dtype), None if b2 is None else b2.to(dtype)
+
+    def _in_chunks(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        w1, b1, w2, b2 = self.narrow_parameters(dtype)
+        size = chunk_rows(w1.shape[0])
+        if x.shape[0] <= size:
+            return multiply(multiply(x.to(dtype), w1, b1, gelu=True), w2, b2)
+        out = x.new_empty(x.shape, dtype=dtype)
+        for rows, into in zip(x.split(size), out.split(size), strict=True):
+            into.copy_(multiply(multiply(rows.to(dtype), w1, b1, gelu=True), w2, b2))
+        return out
+
+
+class _GeluMlp(torch.autograd.Function):
+    """Linear, GELU, linear of rows (m, c) that keeps the hidden values before the GELU only, twice differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+        hidden = multiply(x, w1, b1)
+        ctx.save_for_backward(x, w1, b1, w2, b2, hidden)
+        size = chunk_rows(w1.shape[0])
+        if x.shape[0] <= size:
+            return multiply(F.gelu(hidden), w2, b2)
+        out = x.new_empty(x.shape[0], w2.shape[0])
+        for rows, into in zip(hidden.split(size), out.split(size), strict=True):
+            into.copy_(multiply(F.gelu(rows), w2, b2))
+        return out
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, w1, b1, w2, b2, hidden = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if not serves_gradient(grad):
+            return _plain_gradients(grad, (x, w1, b1, w2, b2), needed)
+        grad_x = torch.empty_like(x) if needed[0] else None
+        of_w1 = of_b1 = of_w2 = None
+        size = chunk_rows(w1.shape[0])
+        for start in range(0, x.shape[0], size):
+            rows = slice(start, start + size)
+            g, h = grad[rows], hidden[rows]
+            if needed[3]:
+                of_w2 = _accumulate(of_w2, weight_gradient(g, F.gelu(h)))
+            if not any(needed[:3]):
+                continue
+            of_h = matmul(g, w2)
+            torch.ops.aten.gelu_backward.grad_input(of_h, h, grad_input=of_h)
+            if needed[1]:
+                of_w1 = _accumulate(of_w1, weight_gradient(of_h, x[rows]))
+            if needed[2]:
+                of_b1 = _accumulate(of_b1, of_h.sum(0))
+            if grad_x is not None:
+                grad_x[rows] = matmul(of_h, w1)
+        return grad_x, of_w1, of_b1, of_w2, grad.sum(0) if needed[4] else None
+
+
+def _accumulate(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total.add_(term)
+
+
+def _plain_gradients(
+    grad: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients by PyTorch's operators, computed from the inputs so that they can be differentiated again."""
+    with torch.enable_grad():
+        # Aliases: a derivative must stop here, not walk on through what computed the inputs.
+        x, w1, b1, w2, b2 = (None if t is None else t.view_as(t) for t in inputs)
+        assert x is not None and w1 is not None and w2 is not None  # for the type checker
+        out = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+    wanted = [t for t, need in zip((x, w1, b1, w2, b2), needed, strict=True) if t is not None and need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=torch.is_grad_enabled()))
+    return tuple(next(found) if need else None for need in needed)
 
 
 class GatedMlp(nn.Module):

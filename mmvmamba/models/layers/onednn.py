@@ -16,8 +16,9 @@ written to, as MMEngine's averaging of weights does, and the packing costs a few
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -174,6 +175,19 @@ def serves_gradient(grad: Tensor) -> bool:
     return not torch.is_grad_enabled() and serves_float32(grad)
 
 
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``backward`` of a float32 autograd function compute in float32 also when it is called under autocast."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return backward(ctx, *grads)
+        with torch.autocast("cpu", enabled=False):
+            return backward(ctx, *grads)
+
+    return run
+
+
 class _Linear(torch.autograd.Function):
     """`linear` of rows with gradients by oneDNN, twice differentiable."""
 
@@ -183,6 +197,7 @@ class _Linear(torch.autograd.Function):
         return multiply(x, weight, bias)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors

@@ -106,19 +106,35 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
+        return self.project(*self.mix(x))
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        """Do everything that looks beyond a pixel: project ``x`` (b, h, w, c), convolve, scan.
+
+        Returns:
+            The merged map (b, h, w, d) in the accumulation type, the gate (b, h, w, d) if there is one, and the type
+            of the activations.
+        """
         x = self.in_proj(x)
         z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
             z = self.act(z) if self.gate_act else z
-        x = self.act(self.conv2d(x))
+        x = self._convolve(x)
+        return self.scan(x), z, x.dtype
+
+    def project(self, y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Norm the merged map ``y`` (b, h, w, d), gate it with ``z`` and project it back in ``dtype``; (b, h, w, c)."""
         # The merged map stays float32 up to and including the norm: narrowing it earlier is what makes
         # half-precision training diverge.
-        y = self.out_norm(self.scan(x)).to(x.dtype)
-        y = self.out_act(y)
+        y = self.out_act(self.out_norm(y).to(dtype))
         if z is not None:
             y = y * z
         return self.dropout(self.out_proj(y))
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` (b, h, w, d), perhaps half of a wider map, depthwise and apply the activation."""
+        return self.act(self.conv2d(x))
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan ``x`` (b, h, w, d) along every order and sum per pixel; (b, h, w, d) in the accumulation type."""
