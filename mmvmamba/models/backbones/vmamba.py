@@ -21,6 +21,7 @@ from mmvmamba.models.layers import (
     SS2D,
     DropPath,
     GatedMlp,
+    LayerNorm,
     Mlp,
     build_downsample,
     build_norm,
@@ -208,6 +209,7 @@ class VSSBlock(nn.Module):
         if self.has_ssm and self.has_mlp and not self.post_norm and self._keeps_all():
             dtype = fused_tail_dtype(x, self.op, self.norm2, self.mlp)
             if dtype is not None:
+                assert isinstance(self.norm2, LayerNorm) and isinstance(self.mlp, Mlp)  # for the type checker
                 return fused_tail(x, *self.op.mix(self.norm(x))[:2], self.op, self.norm2, self.mlp, dtype)
         if self.has_ssm:
             x = x + self.drop_path(self._branch(self.op, self.norm, x))

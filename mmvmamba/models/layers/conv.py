@@ -48,41 +48,46 @@ class ChannelsLastConv2d(nn.Conv2d):
         if x.dtype == torch.float32 and self.weight.dtype in (torch.float16, torch.bfloat16):
             bias = None if self.bias is None else self.bias.float()
             return self._conv_forward(x, self.weight.float(), bias).permute(0, 2, 3, 1)
-        if self._gains_from_windows(x):
-            maps = x.permute(0, 2, 3, 1)
-            if torch.is_grad_enabled():
-                return _WindowConv.apply(maps, self.weight, self.bias, self.stride, self.padding)
-            return _convolve(maps, self.weight, self.bias, self.stride, self.padding)
-        return super().forward(x).permute(0, 2, 3, 1)
+        steps = self._window_steps(x)
+        if steps is None:
+            return super().forward(x).permute(0, 2, 3, 1)
+        maps = x.permute(0, 2, 3, 1)
+        if torch.is_grad_enabled():
+            return _WindowConv.apply(maps, self.weight, self.bias, *steps)
+        return _convolve(maps, self.weight, self.bias, *steps)
 
-    def _gains_from_windows(self, x: Tensor) -> bool:
-        """Whether the products of copied windows of ``x`` (b, c, h, w) are faster than PyTorch's convolution."""
-        plain = (
-            self.groups == 1
-            and self.dilation == (1, 1)
-            and self.padding_mode == "zeros"
-            and not isinstance(self.padding, str)
-            and self.stride != (1, 1)  # a window's copy is as many times the map as windows overlap
-        )
-        if not plain or x.shape[1] != self.in_channels or not x.numel():
-            return False
+    def _window_steps(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Return stride and padding if products of copied windows of ``x`` (b, c, h, w) beat PyTorch's convolution."""
+        if (
+            self.groups != 1
+            or self.dilation != (1, 1)
+            or self.padding_mode != "zeros"
+            or isinstance(self.padding, str)
+            or self.stride == (1, 1)  # the copied windows are as many times the map as they overlap
+            or x.shape[1] != self.in_channels
+            or not x.numel()
+            or not serves_float32(x, self.weight, self.bias)
+        ):
+            return None
+        stride, padding = (self.stride[0], self.stride[1]), (self.padding[0], self.padding[1])
         window = self.weight[0].numel()
         training = torch.is_grad_enabled() and window >= _MIN_WINDOW
-        return (training or _few_pixels(_out_size(x, self), window)) and serves_float32(x, self.weight, self.bias)
+        pixels = _pixels((x.shape[0], x.shape[2], x.shape[3]), self.weight, stride, padding)
+        return (stride, padding) if training or _few_pixels(pixels, window) else None
 
 
-def _few_pixels(pixels: tuple[int, int, int], window: int) -> bool:
+def _few_pixels(pixels: int, window: int) -> bool:
     """Whether packing the weight, which only PyTorch's convolution does slowly, outweighs copying the windows."""
-    b, rows, columns = pixels
-    return window >= _MIN_WINDOW and 2 * b * rows * columns <= window
+    return window >= _MIN_WINDOW and 2 * pixels <= window
 
 
-def _out_size(x: Tensor, conv: nn.Conv2d) -> tuple[int, int, int]:
+def _pixels(size: tuple[int, int, int], weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> int:
+    """Return how many pixels the convolution of a map of ``size`` (b, h, w) has."""
     rows, columns = (
-        (size + 2 * int(padding) - kernel) // stride + 1
-        for size, padding, kernel, stride in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+        (side + 2 * pad - kernel) // step + 1
+        for side, pad, kernel, step in zip(size[1:], padding, weight.shape[2:], stride, strict=True)
     )
-    return x.shape[0], rows, columns
+    return size[0] * rows * columns
 
 
 def _windows(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
@@ -118,9 +123,7 @@ class _WindowConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        rows = (x.shape[1] + 2 * padding[0] - weight.shape[2]) // stride[0] + 1
-        columns = (x.shape[2] + 2 * padding[1] - weight.shape[3]) // stride[1] + 1
-        if _few_pixels((x.shape[0], rows, columns), weight[0].numel()):
+        if _few_pixels(_pixels((x.shape[0], x.shape[1], x.shape[2]), weight, stride, padding), weight[0].numel()):
             return _convolve(x, weight, bias, stride, padding)
         return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding).permute(0, 2, 3, 1)
 

@@ -55,8 +55,8 @@ def fused_tail(
     Returns:
         The block's output (b, h, w, c).
     """
-    weight, bias = op.out_proj.weight.to(dtype), op.out_proj.bias
-    bias = None if bias is None else bias.to(dtype)
+    weight = op.out_proj.weight.to(dtype)
+    bias = None if op.out_proj.bias is None else op.out_proj.bias.to(dtype)
     w1, b1, w2, b2 = mlp.narrow_parameters(dtype)
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, dtype))
     size = chunk_rows(w1.shape[0])

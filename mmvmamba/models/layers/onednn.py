@@ -68,7 +68,7 @@ def is_plain_eager() -> bool:
         _EXISTS
         and _enabled
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None  # torch.jit.trace
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -80,10 +80,7 @@ def all_dense(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Return whether the tensors that are not None are ordinary, strided, on the CPU and of type ``dtype``."""
     for t in tensors:
         if t is not None and not (
-            type(t) in _PLAIN_TYPES
-            and t.dtype is dtype
-            and t.device.type == "cpu"
-            and t.layout is torch.strided
+            type(t) in _PLAIN_TYPES and t.dtype is dtype and t.device.type == "cpu" and t.layout is torch.strided
         ):
             return False
     return True
@@ -172,7 +169,9 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 def serves_gradient(grad: Tensor) -> bool:
     """Return whether a backward pass may use the functions above: ``grad`` is ordinary and needs no derivative."""
-    return not torch.is_grad_enabled() and serves_float32(grad)
+    # The vmap behind torch.autograd.grad(is_grads_batched=True) is older than torch.func and not one of its transforms.
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not torch.is_grad_enabled() and not batched and serves_float32(grad)
 
 
 def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
