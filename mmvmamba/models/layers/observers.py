@@ -7,11 +7,16 @@ from torch.nn.modules import module as torch_module
 
 
 def is_unobserved(*modules: nn.Module) -> bool:
-    """Return whether no hook of any kind would run when the ``modules`` are called.
+    """Return whether calling the ``modules`` runs their class's ``forward`` and no hook of any kind.
 
     A computation that takes the parameters of several modules at once, without calling them, would leave out their
-    hooks (feature recorders, quantisation, pruning) without a word; it may run only if there are none.
+    hooks (feature recorders, quantisation, pruning), or a ``forward`` put on the instance, without a word.
     """
     return not torch_module._has_any_global_hook() and not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        for m in modules
     )

@@ -308,6 +308,14 @@ def test_hooks_inside_a_perceptron_still_run():
         assert len(seen) == (2 if name == "drop" else 1)
 
 
+def test_a_replaced_forward_inside_a_perceptron_still_runs():
+    mlp, x = Mlp(64, 128), torch.randn(400, 64)
+    mlp.fc1.forward = lambda x: torch.zeros(*x.shape[:-1], 128)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(mlp(x), mlp.fc2.bias.expand(400, 64))
+
+
 def test_dropout_in_a_perceptron_is_not_fused_away():
     mlp, x = Mlp(64, 128, dropout=0.5), torch.randn(400, 64)
     assert float((mlp.train()(x) == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
