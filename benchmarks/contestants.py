@@ -17,7 +17,7 @@ from mmvmamba.ops import available_backends, use_backend
 
 Forward = Callable[[Problem], Tensor]
 
-REFERENCE_BYTES = {"forward": 1 << 30, BACKWARD: 256 << 20}
+REFERENCE_BYTES = {"forward": 1 << 30, BACKWARD: 200 << 20}
 """Largest (b, k d, l, n) tensor of what materialises about ten of them; a machine with 16 GB can then hold them."""
 UPSTREAM_BACKWARD_LENGTH = 3136
 """The first map of a 224x224 image: 56x56."""
