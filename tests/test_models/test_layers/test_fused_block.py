@@ -95,6 +95,7 @@ ALLOWED_COPIES = {
 }
 
 
+@pytest.mark.ext  # the scan in plain PyTorch copies on its own account
 @pytest.mark.parametrize("name", ALLOWED_COPIES)
 def test_no_hidden_copies(tails, name):
     model, image = _model(ARCHS[name]), torch.randn(1, 3, 128, 128)  # smaller ones miss oneDNN's convolution
