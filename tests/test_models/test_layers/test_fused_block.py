@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmvmamba.models import VMamba
 from mmvmamba.models.layers import fused_block
 from mmvmamba.models.layers.onednn import use_onednn_linear
+from mmvmamba.testing import requires_extension
 
 SMALL = dict(dims=[32, 64], depths=[1, 1])
 ARCHS = {
@@ -95,6 +96,8 @@ ALLOWED_COPIES = {
 }
 
 
+@requires_extension()
+@pytest.mark.ext  # the scan in plain PyTorch copies on its own account
 @pytest.mark.parametrize("name", ALLOWED_COPIES)
 def test_no_hidden_copies(tails, name):
     model, image = _model(ARCHS[name]), torch.randn(1, 3, 128, 128)  # smaller ones miss oneDNN's convolution
