@@ -1,6 +1,6 @@
 // Vectors from and to memory that holds another type than the arithmetic: bfloat16 and float16 beside float32, the
-// identity for float32 and float64. Rounding is to nearest, ties to even; NaN stays NaN. Integer vector operations do the
-// work on every instruction set, but AVX-512 converts float16 in one instruction.
+// identity for float32 and float64. Rounding is to nearest, ties to even; NaN stays NaN. Integer vector operations do
+// the work on every instruction set, but AVX-512 converts float16 in one instruction.
 #pragma once
 
 #include "kernels.h"
@@ -22,7 +22,7 @@ MMVMAMBA_INLINE U16 narrow_bfloat16(Vec<float> value) {
   return __builtin_convertvector(value != value ? quiet : rounded, U16);
 }
 
-#if defined(__AVX512F__) && !defined(__clang__)
+#if defined(MMVMAMBA_AVX512) && !defined(__clang__)
 
 typedef int16_t I16 __attribute__((vector_size(32)));
 
