@@ -6,9 +6,9 @@
 // computes again; the gradient of the input is the convolution of that ring with the kernel turned by 180 degrees.
 #pragma once
 
+#include "chunk.h"
 #include "convert.h"
 #include "kernels.h"
-#include "kernels_impl.h"
 
 namespace mmvmamba {
 namespace {
@@ -184,15 +184,27 @@ MMVMAMBA_INLINE void convolve_row(const KernelSize<T, K>& size, const T* ring, i
   for (; column < width; ++column) convolve_columns<T, K, 1>(size, ring, row, first, weight, bias, column, emit);
 }
 
+// 1 / (1 + exp(-z)). Below the limit silu is 0 to the last bit that matters, and exp would leave its range.
+MMVMAMBA_INLINE Vec<float> logistic(Vec<float>& z) {
+  z = at_least(z, -88.0f);
+  return 1.0f / (exp2_bounded<true>(z * static_cast<float>(-kLog2E)) + 1.0f);
+}
+
+MMVMAMBA_INLINE Vec<double> logistic(Vec<double>& z) {
+  z = at_least(z, -708.0);
+  return 1.0 / (exp_vec<double>(-z) + 1.0);
+}
+
 template <typename T>
 MMVMAMBA_INLINE Vec<T> silu(Vec<T> z) {
-  return z / (exp_vec(-z) + T(1));
+  const Vec<T> s = logistic(z);
+  return z * s;
 }
 
 // Derivative of silu: s (1 + z (1 - s)) with s the logistic function.
 template <typename T>
 MMVMAMBA_INLINE Vec<T> silu_slope(Vec<T> z) {
-  const Vec<T> s = T(1) / (exp_vec(-z) + T(1));
+  const Vec<T> s = logistic(z);
   return s * (z * (T(1) - s) + T(1));
 }
 

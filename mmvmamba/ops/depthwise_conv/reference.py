@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmvmamba.ops.checks import LOW_PRECISION
 
 ACTIVATIONS = ("none", "silu")
 """What may follow the convolution; the position in this tuple is the code of the dispatcher operator and of
@@ -20,8 +23,15 @@ def depthwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a
         activation: Position in `ACTIVATIONS`.
 
     Returns:
-        The map (b, h, w, d) in the dtype of ``x``.
+        The map (b, h, w, d) in the dtype of ``x``. On a CPU the computation is float32 for float16 and bfloat16, since
+        PyTorch's CPU kernels add up gradients in those; its GPU kernels do not.
     """
+    if x.device.type == "cpu" and x.dtype in LOW_PRECISION:
+        with torch.autocast("cpu", enabled=False):  # it would cast back
+            out = depthwise_conv2d_reference(
+                x.float(), weight.float(), None if bias is None else bias.float(), activation
+            )
+        return out.to(x.dtype)
     d, _, kh, kw = weight.shape
     if x.numel() == 0:
         # PyTorch refuses maps without rows, columns or channels; the products connect the output with its inputs.
