@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmvmamba.errors import BackendError
-from mmvmamba.ops.depthwise_conv.reference import depthwise_conv2d_reference
+from mmvmamba.ops.checks import LOW_PRECISION
+from mmvmamba.ops.depthwise_conv.reference import ACTIVATIONS, depthwise_conv2d_reference
 from mmvmamba.ops.library import register_fallback
 
 _Optional = Tensor | None
@@ -26,17 +27,29 @@ def _fallback_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: _Optional, activation: int,
     need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Differentiate the reference, which is made of PyTorch's operators, by recording it again."""
+    """Call PyTorch's own backward operators: below the dispatcher's autograd nothing can be recorded."""
     needs = (need_x, need_weight, need_bias and bias is not None)
-    inputs = [
-        None if value is None else value.detach().requires_grad_(needed)
-        for value, needed in zip((x, weight, bias), needs, strict=True)
-    ]
-    wanted = [value for value, needed in zip(inputs, needs, strict=True) if value is not None and needed]
-    with torch.enable_grad():
-        out = depthwise_conv2d_reference(inputs[0], inputs[1], inputs[2], activation)  # type: ignore[arg-type]
-        grads = iter(torch.autograd.grad(out, wanted, grad_out.to(out.dtype)) if wanted else ())
-    dx, dweight, dbias = (next(grads).contiguous() if needed else x.new_empty(0) for needed in needs)
+    inputs = (x, weight, bias)
+    if x.numel() == 0:
+        zeros = [
+            v.new_zeros(v.shape) if v is not None and n else x.new_empty(0) for v, n in zip(inputs, needs, strict=True)
+        ]
+        return zeros[0], zeros[1], zeros[2]
+    d, _, kh, kw = weight.shape
+    wide = torch.float32 if x.device.type == "cpu" and x.dtype in LOW_PRECISION else x.dtype
+    dz = grad_out.to(wide).permute(0, 3, 1, 2)
+    image, kernel = x.to(wide).permute(0, 3, 1, 2), weight.to(wide)
+    if ACTIVATIONS[activation] == "silu":
+        z = depthwise_conv2d_reference(x.to(wide), kernel, None if bias is None else bias.to(wide), 0)
+        dz = torch.ops.aten.silu_backward(dz, z.permute(0, 3, 1, 2))
+    grads = torch.ops.aten.convolution_backward(
+        dz, image, kernel, [d], [1, 1], [kh // 2, kw // 2], [1, 1], False, [0, 0], d, list(needs)
+    )
+    channels_last = (None if grads[0] is None else grads[0].permute(0, 2, 3, 1), grads[1], grads[2])
+    dx, dweight, dbias = (
+        x.new_empty(0) if grad is None or not needed else grad.to(x.dtype).contiguous()
+        for grad, needed in zip(channels_last, needs, strict=True)
+    )
     return dx, dweight, dbias
 
 
