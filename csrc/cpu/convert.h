@@ -22,7 +22,7 @@ MMVMAMBA_INLINE U16 narrow_bfloat16(Vec<float> value) {
   return __builtin_convertvector(value != value ? quiet : rounded, U16);
 }
 
-#if defined(__AVX512F__) && !defined(__clang__)
+#if defined(MMVMAMBA_AVX512) && !defined(__clang__)
 
 typedef int16_t I16 __attribute__((vector_size(kVectorBytes / 2)));
 

@@ -1,6 +1,7 @@
 // Builds the table of one instruction set; included last by kernels_<instruction set>.cpp.
 #pragma once
 
+#include "depthwise_conv_impl.h"
 #include "scan2d_impl.h"
 #include "selective_scan_impl.h"
 
@@ -37,6 +38,10 @@ Kernels<T> make_kernels() {
   kernels.scan2d_backward = [](const Scan2dArgs<T>& a, int64_t begin, int64_t end, T* memory) {
     MMVMAMBA_BY_BLOCK(scan2d_backward_tasks, a, a.channels, begin, end, memory)
   };
+  kernels.depthwise_conv_blocks = depthwise_conv_blocks<T>;
+  kernels.depthwise_conv_workspace = depthwise_conv_workspace<T>;
+  kernels.depthwise_conv = depthwise_conv_by_storage<T>;
+  kernels.depthwise_conv_backward = depthwise_conv_backward_by_storage<T>;
   return kernels;
 }
 

@@ -81,6 +81,32 @@ struct Scan2dArgs {
   T* dD;            // (b, k, d) or null
 };
 
+// What x, grad_out, out and dx of the depthwise convolution hold in memory.
+enum class Storage : int64_t { kSame, kBFloat16, kFloat16 };  // kSame: T
+
+// A map (b, h, w, d) whose channels lie beside each other; the strides count elements.
+struct MapView {
+  const void* data;
+  int64_t batch_stride, row_stride, pixel_stride;
+};
+
+template <typename T>
+struct DepthwiseConvArgs {
+  MapView x;
+  const T* weight;  // (kh kw, d)
+  const T* bias;    // (d) or null
+  int64_t batch, height, width, channels, kernel_height, kernel_width;
+  int64_t bands;  // every map is cut into so many bands of rows
+  bool silu;
+  Storage storage;
+  void* out;         // forward: (b, h, w, d)
+  MapView grad_out;  // backward
+  void* dx;          // (b, h, w, d) or null
+  // Partial sums, one slice per map and band, added up in index order afterwards.
+  T* dweight;  // (b bands, kh kw, d) or null
+  T* dbias;    // (b bands, d) or null
+};
+
 // The kernels of one instruction set. A task is one batch entry and one block of channels; tasks are independent.
 template <typename T>
 struct Kernels {
@@ -90,6 +116,11 @@ struct Kernels {
   void (*selective_scan_backward)(const SelectiveScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
   void (*scan2d)(const Scan2dArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
   void (*scan2d_backward)(const Scan2dArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  // A task is one band of rows of one map and one block of channels, blocks counted fastest.
+  int64_t (*depthwise_conv_blocks)(int64_t channels);                // tasks per band
+  int64_t (*depthwise_conv_workspace)(const DepthwiseConvArgs<T>&);  // scratch of one thread, in elements
+  void (*depthwise_conv)(const DepthwiseConvArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  void (*depthwise_conv_backward)(const DepthwiseConvArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
 };
 
 struct KernelTable {

@@ -4,6 +4,7 @@ Needs PyTorch alone. `available_backends` reports what can run here and why the 
 """
 
 from mmvmamba.ops.backends import BackendStatus, available_backends, use_backend
+from mmvmamba.ops.depthwise_conv import depthwise_conv2d
 from mmvmamba.ops.scan2d import (
     BIDIRECTIONAL_SCAN,
     CROSS_SCAN,
@@ -21,6 +22,7 @@ __all__ = [
     "BackendStatus",
     "ScanOrder",
     "available_backends",
+    "depthwise_conv2d",
     "order_to_permutation",
     "scan2d",
     "selective_scan",

@@ -31,6 +31,9 @@ SCHEMAS = (
     " -> (Tensor out, Tensor carries)",
     f"scan2d_backward(Tensor grad_out, {_SCAN2D_INPUTS}, {_ROUTES}, bool delta_softplus, Tensor carries)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
+    "depthwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, int activation, bool need_x,"
+    " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     # The instruction set of the compiled CPU kernels: default, neon, avx2 or avx512. Exists only where they are loaded.
     "cpu_capability() -> str",
 )
