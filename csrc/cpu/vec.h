@@ -126,13 +126,13 @@ MMVMAMBA_INLINE Vec<float> exp2_fraction_short(Vec<float> f) {
   return p * f + 1.0f;
 }
 
-// 2^t for t <= 127, relative error about 1e-7, exactly 1 at 0. Below -126 it stays at 2^-126: no denormal, no infinity,
-// so that the product with a state of zero is zero. The result for NaN is unspecified.
+// 2^t for t <= 127, relative error about 1e-7, exactly 1 at 0, something below 2^-126 for t < -126 and exactly 0 for
+// t <= -127. The result for NaN is unspecified.
 template <bool kShort = false>
 MMVMAMBA_INLINE Vec<float> exp2_bounded(Vec<float> t) {
   typedef Vec<float> V;
   typedef VecTraits<float>::U U;
-  t = at_least(t, -126.0f);
+  t = at_least(t, -127.0f);  // the exponent of 2^-127 is the bit pattern of zero
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum. A cast between vector types
   // keeps the bits; the shift leaves the integer in the field of the exponent and drops everything else.
   const V magic = splat(12582912.0f);
@@ -142,34 +142,33 @@ MMVMAMBA_INLINE Vec<float> exp2_bounded(Vec<float> t) {
 }
 
 MMVMAMBA_INLINE Vec<double> exp2_bounded(Vec<double> t) {
-  for (int i = 0; i < kLanes<double>; ++i) t[i] = __builtin_exp2(t[i] < -1022 ? -1022 : t[i]);
+  for (int i = 0; i < kLanes<double>; ++i) t[i] = __builtin_exp2(t[i]);
   return t;
 }
 
-// 2^t as the product of two factors, for t from -126 to 254 (nearest of these outside). A decay beyond the type must
-// not become infinite before it meets the state, since infinity times a state of zero is NaN: ((h first) second). The
-// second is a power of two, so that this rounds only once. NaN stays NaN.
+// 2^t as the product of two factors, for t up to 254 (as for that beyond); 0 for t <= -254. A decay beyond the type
+// must not become infinite before it meets the state, since infinity times a state of zero is NaN: ((h first) second).
+// The second is a power of two, so that this rounds only once. NaN stays NaN.
 MMVMAMBA_INLINE void exp2_factors(Vec<float> t, Vec<float>& first, Vec<float>& second) {
   typedef Vec<float> V;
   typedef VecTraits<float>::U U;
-  const V clamped = at_most(at_least(t, -126.0f), 254.0f);
+  const V clamped = at_most(at_least(t, -254.0f), 254.0f);
   const V magic = splat(12582912.0f);
   const V shifted = clamped + magic;
   const V f = clamped - (shifted - magic);
-  // The shift to the right must know the sign; -126 ... 254 becomes 0 ... 380 and back.
-  const U power = (U)shifted - (U)magic, half = ((power + 126u) >> 1) - 63u;
+  // The shift to the right must know the sign; -254 ... 254 becomes 0 ... 508 and back.
+  const U power = (U)shifted - (U)magic, half = ((power + 254u) >> 1) - 127u;
   first = (V)((U)exp2_fraction(f) + (half << 23));
   first = t != t ? t : first;
   second = (V)((power - half + 127u) << 23);
 }
 
 MMVMAMBA_INLINE void exp2_factors(Vec<double> t, Vec<double>& first, Vec<double>& second) {
-  for (int i = 0; i < kLanes<double>; ++i)
-    first[i] = __builtin_exp2(t[i] < -1022 ? -511 : t[i] > 2046 ? 1023 : t[i] / 2);
+  for (int i = 0; i < kLanes<double>; ++i) first[i] = __builtin_exp2(t[i] > 2046 ? 1023 : t[i] / 2);
   second = first;
 }
 
-// exp(x) between 2^-126 and 2^127 (float), to which it saturates. The result for NaN is unspecified.
+// exp(x) up to 2^127 (float), to which it saturates. The result for NaN is unspecified.
 template <typename T>
 MMVMAMBA_INLINE Vec<T> exp_vec(Vec<T> x) {
   return exp2_bounded(at_most(x * T(1.4426950408889634074), T(sizeof(T) == sizeof(float) ? 127 : 1023)));

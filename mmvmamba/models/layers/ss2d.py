@@ -20,9 +20,11 @@ from mmvmamba.models.layers.checks import check_choice
 from mmvmamba.models.layers.conv import ChannelsLastConv2d
 from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.norm import LayerNorm
+from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import linear
 from mmvmamba.models.layers.ssm_init import SSMInit, init_ssm_
-from mmvmamba.ops import CROSS_SCAN, ScanOrder, scan2d
+from mmvmamba.ops import CROSS_SCAN, ScanOrder, depthwise_conv2d, scan2d
+from mmvmamba.ops.backends import choose_backend
 
 OutNorm = Literal["layer_norm", "none", "depthwise_conv", "norm_depthwise_conv", "softmax", "sigmoid"]
 OUT_NORMS: tuple[str, ...] = get_args(OutNorm)
@@ -134,7 +136,25 @@ class SS2D(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (b, h, w, d), perhaps half of a wider map, depthwise and apply the activation."""
+        if self._can_fuse_convolution(x):
+            return depthwise_conv2d(x, self.conv2d.weight, self.conv2d.bias, activation="silu")
         return self.act(self.conv2d(x))
+
+    def _can_fuse_convolution(self, x: Tensor) -> bool:
+        """Whether convolution and activation are one operator for ``x``: on a CPU, where its kernel is compiled.
+
+        A trace keeps PyTorch's operators, which compilers and other runtimes know.
+        """
+        conv = self.conv2d
+        return (
+            type(conv) is ChannelsLastConv2d
+            and type(self.act) is nn.SiLU
+            and x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled("cpu"))
+            and is_unobserved(conv, self.act)
+            and choose_backend(None, "cpu").name == "compiled"
+        )
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan ``x`` (b, h, w, d) along every order and sum per pixel; (b, h, w, d) in the accumulation type."""
