@@ -3,7 +3,7 @@
 | variable | values | meaning |
 |---|---|---|
 | ``MMVMAMBA_BACKEND`` | ``auto`` (default) or a backend name | backend of every operator call with ``backend=None`` |
-| ``ATEN_CPU_CAPABILITY`` | ``default``, ``avx2``, ``avx512`` | PyTorch's switch; lowers the instruction set of our CPU kernels too |
+| ``ATEN_CPU_CAPABILITY`` | ``default``, ``avx2``, ``avx512`` | PyTorch's; limits our CPU kernels too |
 | ``RANK`` | set by torchrun | warnings that concern all processes alike come from rank 0 only |
 
 Variables read while building (``MMVMAMBA_WITH_CUDA`` and so on) belong to ``setup.py`` and are listed there.

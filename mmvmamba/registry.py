@@ -6,10 +6,15 @@ MMPretrain only writes ``type='mmvmamba.VMamba'``: no ``custom_imports`` and no 
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="mmvmamba", locations=["mmvmamba.models"])
 
 HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="mmvmamba", locations=["mmvmamba.engine"])
 
-__all__ = ["HOOKS", "MODELS"]
+OPTIM_WRAPPERS = Registry(
+    "optim_wrapper", parent=MMENGINE_OPTIM_WRAPPERS, scope="mmvmamba", locations=["mmvmamba.engine"]
+)
+
+__all__ = ["HOOKS", "MODELS", "OPTIM_WRAPPERS"]

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config import utils as config_utils
 from mmengine.device import get_device
@@ -96,18 +97,17 @@ def prepare_training(cfg: Config, *, amp: bool = False, auto_scale_lr: bool = Fa
 
     Args:
         cfg: From ``load_config``.
-        amp: Train in mixed precision (float16, dynamic loss scale, unless the config has its own settings).
+        amp: Train in mixed precision: on an accelerator with MMEngine's wrapper (float16, dynamic loss scale, unless
+            the config has its own settings), on a CPU with backbone and neck in bfloat16.
         auto_scale_lr: Scale the learning rate with the real batch size.
         resume: A checkpoint file, ``"auto"`` for the newest in the work dir, or None.
 
     Raises:
-        ConfigError: If mixed precision is asked for on a CPU or with an unusual optimizer wrapper, or the config names
-            no base batch size.
+        ConfigError: If mixed precision is asked for on a CPU that does not multiply bfloat16 or with an unusual
+            optimizer wrapper, or the config names no base batch size.
         CheckpointError: If there is nothing to resume from.
     """
     if amp:
-        if get_device() == "cpu":
-            raise ConfigError("--amp: found no accelerator, expected one: float16 is no faster on a CPU. Drop --amp.")
         _set_amp(cfg)
     if auto_scale_lr:
         if cfg.get("auto_scale_lr", {}).get("base_batch_size") is None:
@@ -129,6 +129,16 @@ def _set_amp(cfg: Config) -> None:
             f"--amp: optim_wrapper.type is {name!r}, expected 'OptimWrapper' or 'AmpOptimWrapper'. Set mixed precision "
             "in the config itself, or drop --amp."
         )
+    if get_device() == "cpu":
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise ConfigError(
+                "--amp: this CPU has no bfloat16 instructions, expected them or an accelerator: emulated, bfloat16 is "
+                "slower than float32. Drop --amp."
+            )
+        cfg.optim_wrapper.type = "mmvmamba.Bfloat16OptimWrapper"
+        for setting in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper
+            cfg.optim_wrapper.pop(setting, None)
+        return
     if name == "OptimWrapper":
         cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")

@@ -314,7 +314,12 @@ def test_the_command_ends_with_one_line_and_exit_code_1(root, tmp_path, version,
 
 
 def test_ci_fails_where_one_of_its_commands_does(root, tmp_path):
-    for failing, called in (("lint", "lint\n"), ("test", "lint\ntest\n"), ("nothing", "lint\ntest\n")):
+    for failing, called in (
+        ("lint", "lint\n"),
+        ("test", "lint\ntest\n"),
+        ("bench-gate", "lint\ntest\nbench-gate\n"),
+        ("nothing", "lint\ntest\nbench-gate\n"),
+    ):
         log = tmp_path / failing
         write_command(tmp_path, "make", f'echo "$1" >> {log}\n[ "$1" != {failing} ]\n')
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}

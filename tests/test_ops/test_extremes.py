@@ -87,7 +87,7 @@ def check(name: str, inputs: Inputs, softplus: bool, backend: str, skipped: tupl
         assert wrong == 0, f"{key}: {wrong} elements are not finite, the first at {_first(in_range, value)}"
         wanted += int(in_range.sum())
         if value.dtype == torch.float32:
-            # The compiled decay is at least 2^-126: its product with huge numbers is not 0 where the exact one is.
+            # What underflows in float32 times something huge is 0 where the exact product is tiny.
             compared = in_range & (exact[key].abs() > 1e-20)
             error = (value.double() - exact[key])[compared].abs() / exact[key][compared].abs()
             largest = float(error.max()) if error.numel() else 0.0

@@ -134,15 +134,27 @@ def test_training_flags(path, tmp_path):
         prepare_training(cfg, auto_scale_lr=True)
 
 
-def test_mixed_precision_needs_an_accelerator(monkeypatch):
+def test_mixed_precision_on_an_accelerator(monkeypatch):
     pytest.importorskip("mmdet")
     cfg = load_config(DET)
-    monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cpu")
-    with pytest.raises(ConfigError, match="--amp: found no accelerator"):
-        prepare_training(cfg, amp=True)
     monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cuda")
     prepare_training(cfg, amp=True)
     assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_mixed_precision_on_a_cpu(monkeypatch, supported):
+    pytest.importorskip("mmdet")
+    cfg = load_config(DET, cfg_options={"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.loss_scale": 64.0})
+    monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cpu")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    if not supported:
+        with pytest.raises(ConfigError, match="--amp: this CPU has no bfloat16 instructions"):
+            prepare_training(cfg, amp=True)
+        return
+    prepare_training(cfg, amp=True)
+    assert cfg.optim_wrapper.type == "mmvmamba.Bfloat16OptimWrapper"
+    assert "loss_scale" not in cfg.optim_wrapper
 
 
 def test_mixed_precision_keeps_the_settings_of_the_config(monkeypatch):

@@ -136,19 +136,18 @@ class SS2D(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (b, h, w, d), perhaps half of a wider map, depthwise and apply the activation."""
-        if self._can_fuse_convolution(x):
-            return depthwise_conv2d(x, self.conv2d.weight, self.conv2d.bias, activation="silu")
-        return self.act(self.conv2d(x))
+        conv = self.conv2d
+        if type(conv) is ChannelsLastConv2d and self._can_fuse(conv, x):
+            return depthwise_conv2d(x, conv.weight, conv.bias, activation="silu")
+        return self.act(conv(x))
 
-    def _can_fuse_convolution(self, x: Tensor) -> bool:
+    def _can_fuse(self, conv: ChannelsLastConv2d, x: Tensor) -> bool:
         """Whether convolution and activation are one operator for ``x``: on a CPU, where its kernel is compiled.
 
         A trace keeps PyTorch's operators, which compilers and other runtimes know.
         """
-        conv = self.conv2d
         return (
-            type(conv) is ChannelsLastConv2d
-            and type(self.act) is nn.SiLU
+            type(self.act) is nn.SiLU
             and x.device.type == "cpu"
             and not torch.compiler.is_compiling()
             and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled("cpu"))

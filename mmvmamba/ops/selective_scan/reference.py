@@ -151,9 +151,12 @@ def _prepare(
     step = (F.softplus(raw_delta) if delta_softplus else raw_delta).unsqueeze(-1)
     u_t = u.to(accumulate).permute(2, 0, 1).unsqueeze(-1)
     B_t, C_t = _per_channel(B.to(accumulate), d), _per_channel(C.to(accumulate), d)
-    # Saturated below infinity: a decay beyond the type times a state of zero is zero, not NaN.
-    decay = torch.exp((step * A).clamp(max=math.log(torch.finfo(accumulate).max) - 1e-3))
-    return _Scan(u_t, raw_delta, step, B_t, C_t, decay, step * u_t * B_t)
+    rate = step * A
+    if accumulate == torch.float32:
+        # Saturated below infinity: a decay beyond the type times a state of zero is zero, not NaN. float64 is left as it
+        # is: nothing that matters is beyond e^709, and a saturated exponent has no gradient.
+        rate = rate.clamp(max=math.log(torch.finfo(torch.float32).max) - 1e-3)
+    return _Scan(u_t, raw_delta, step, B_t, C_t, torch.exp(rate), step * u_t * B_t)
 
 
 def _zero_connected_to(*tensors: Tensor | None) -> Tensor:
