@@ -24,6 +24,9 @@ from mmvmamba.version import __version__
 GEMM_SIDE = 512
 """Side of the square float32 matrix product that runs in every round as the yardstick of the machine."""
 GEMM = "GEMM"
+TURN = 0.01
+"""Seconds of one turn of a contestant that is faster."""
+_LEAST_ROUNDS = 3
 
 _DISTRIBUTIONS = {
     "mmengine": ("onedl-mmengine", "mmengine"),
@@ -41,7 +44,7 @@ class DisagreementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contestant over all rounds; ``spread`` is the interquartile range over the median."""
+    """Seconds of one contestant over all its calls, ``rounds`` of them; ``spread`` is interquartile range over median."""
 
     minimum: float
     median: float
@@ -70,12 +73,15 @@ def interleave(
     fewer_rounds: Mapping[str, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Run every contestant once per round, A B C A B C, so that a disturbance hits all of them.
+    """Give every contestant a turn per round, A B C A B C, so that a disturbance hits all of them.
+
+    A turn is one call, or several in a row while they take less than ``TURN`` together, all of them recorded: the
+    first finds the caches full of the contestant before, the others find them as a layer in a model does.
 
     Args:
         contestants: What to time, by name. Each is run once before the clock starts, unless ``fewer_rounds`` names it
             (what is too slow for many rounds was run by its check).
-        seconds: Stop after the round in which this much time has passed.
+        seconds: Stop after the round in which this much time has passed, but not before the third.
         most_rounds: Stop after this many rounds.
         fewer_rounds: A contestant named here drops out after so many rounds.
         clock: Seconds since some moment.
@@ -90,10 +96,15 @@ def interleave(
         for name, run in contestants.items():
             if index >= limits.get(name, most_rounds):
                 continue
-            start = clock()
-            run()
-            times[name].append(clock() - start)
-        if clock() - begin > seconds:
+            turn = 0.0
+            while turn < TURN:
+                start = clock()
+                run()
+                turn += (elapsed := clock() - start)
+                times[name].append(elapsed)
+                if elapsed <= 0:  # a clock that stands still
+                    break
+        if clock() - begin > seconds and index >= _LEAST_ROUNDS - 1:
             break
     return {name: Timing.of(t) for name, t in times.items()}
 

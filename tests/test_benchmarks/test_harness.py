@@ -10,7 +10,7 @@ import torch
 from benchmarks import memory, table
 from benchmarks.backbones import slope
 from benchmarks.cases import CASES, choose_cases
-from benchmarks.harness import DisagreementError, Notes, Timing, check, environment, interleave, save
+from benchmarks.harness import TURN, DisagreementError, Notes, Timing, check, environment, interleave, save
 from benchmarks.models import check_shapes, parse_size
 from benchmarks.ops import model_rows
 
@@ -47,8 +47,18 @@ def test_contestants_are_interleaved_and_slow_ones_drop_out() -> None:
 def test_time_limit_ends_after_a_whole_round() -> None:
     clock = Clock()
     runs = {"a": lambda: clock.run("a", 1.0), "b": lambda: clock.run("b", 1.0)}
-    timings = interleave(runs, seconds=2.5, most_rounds=50, clock=lambda: clock.now)
-    assert timings["a"].rounds == timings["b"].rounds == 2
+    timings = interleave(runs, seconds=6.5, most_rounds=50, clock=lambda: clock.now)
+    assert timings["a"].rounds == timings["b"].rounds == 4
+    timings = interleave(runs, seconds=0.0, most_rounds=50, clock=lambda: clock.now)
+    assert timings["a"].rounds == timings["b"].rounds == 3
+
+
+def test_a_turn_of_a_fast_contestant_is_several_calls() -> None:
+    clock = Clock()
+    runs = {"fast": lambda: clock.run("f", TURN / 4), "slow": lambda: clock.run("s", 2 * TURN)}
+    timings = interleave(runs, seconds=0.0, most_rounds=50, clock=lambda: clock.now)
+    assert "".join(clock.order) == "fs" + 3 * ("ffff" + "s")
+    assert (timings["fast"].rounds, timings["slow"].rounds) == (12, 3)
 
 
 @pytest.mark.parametrize(
