@@ -44,7 +44,7 @@ class DisagreementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contestant over all its calls, ``rounds`` of them; ``spread`` is interquartile range over median."""
+    """Seconds of one contestant over its calls, ``rounds`` of them; ``spread`` is interquartile range over median."""
 
     minimum: float
     median: float

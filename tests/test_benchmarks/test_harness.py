@@ -55,7 +55,7 @@ def test_time_limit_ends_after_a_whole_round() -> None:
 
 def test_a_turn_of_a_fast_contestant_is_several_calls() -> None:
     clock = Clock()
-    runs = {"fast": lambda: clock.run("f", TURN / 4), "slow": lambda: clock.run("s", 2 * TURN)}
+    runs = {"fast": lambda: clock.run("f", TURN / 3.5), "slow": lambda: clock.run("s", 2 * TURN)}
     timings = interleave(runs, seconds=0.0, most_rounds=50, clock=lambda: clock.now)
     assert "".join(clock.order) == "fs" + 3 * ("ffff" + "s")
     assert (timings["fast"].rounds, timings["slow"].rounds) == (12, 3)
