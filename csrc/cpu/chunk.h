@@ -56,16 +56,17 @@ struct Scratch {
   T *D, *dD, *bias, *dbias;                // (block); bias, W: times log2(e)
   T *W, *dW;                               // (r, block)
   T *B_rows, *C_rows;                      // (kChunk, n)
-  T* feature_rows;                         // (kChunk, r + 2 n, up to whole vectors)
+  T* feature_rows;                         // (kChunk, r + 2 n, up to whole tiles)
   T *dB_lanes, *dC_lanes;                  // (kChunk, lanes): before the sum over channels
   T* dfeatures;                            // (r + 2 n, up to whole tiles; kChunk): gradients of dt, B, C
   T* dfeature_rows;                        // (kChunk, r + 2 n, up to whole tiles)
   T* transposed;                           // (block, kChunk)
   int64_t states, rank, features;          // features: rows of dfeatures
   bool bounded;                            // no decay is above 1
+  bool has_D;
   int64_t size;
 
-  Scratch(T* base, int64_t n, int64_t r) : states(n), rank(r), bounded(false) {
+  Scratch(T* base, int64_t n, int64_t r) : states(n), rank(r), bounded(false), has_D(false) {
     constexpr int64_t kRow = kMaxBlock<T>, kLine = 64 / sizeof(T);  // every array starts a cache line
     features = ceil_div(r + 2 * n, 16) * 16;
     size = 0;
@@ -179,6 +180,7 @@ MMVMAMBA_NOINLINE void load_parameters(Scratch<T>& s, const T* A, const T* W, co
   fill(s.W, s.rank * block, T(0));
   if (W != nullptr) transpose(s.W, block, W, s.rank, width, s.rank);
   for (int64_t i = 0; i < s.rank * block; ++i) s.W[i] *= T(kLog2E);
+  s.has_D = D != nullptr;
   fill(s.D, block, T(0));
   if (D != nullptr) store_row(s.D, D, width);
   fill(s.bias, block, T(0));
@@ -261,6 +263,7 @@ MMVMAMBA_INLINE void scan_states(Scratch<T>& s, int64_t n, int64_t steps, bool f
   constexpr int64_t block = NV * kLanes<T>;
   // Copies of the pointers: the compiler would load them again after every store.
   const T *const deltas = s.delta, *const D = s.D;
+  const bool has_D = s.has_D;  // an infinite u times a D of zero would be NaN
   V A[kStates][NV], h[kStates][NV];
   for (int i = 0; i < kStates; ++i)
     for (int v = 0; v < NV; ++v) {
@@ -278,7 +281,7 @@ MMVMAMBA_INLINE void scan_states(Scratch<T>& s, int64_t n, int64_t steps, bool f
     for (int v = 0; v < NV; ++v) {
       const V delta = load(deltas + t * block + v * kLanes<T>), u = load(u_row + v * kLanes<T>);
       const V input = delta * u;
-      V sum = first ? load(D + v * kLanes<T>) * u : load(y + v * kLanes<T>);
+      V sum = !first ? load(y + v * kLanes<T>) : has_D ? load(D + v * kLanes<T>) * u : V{};
       if (first && add_to_y) sum += load(y + v * kLanes<T>);
       for (int i = 0; i < kStates; ++i) {
         if constexpr (kBounded) {

@@ -71,6 +71,7 @@ MMVMAMBA_INLINE void adjoint_state(Scratch<T>& s, int64_t n, int64_t steps, bool
   constexpr int64_t block = NV * kLanes<T>;
   const T *const deltas = s.delta, *const decays = s.decay, *const factors = s.factor, *const befores = s.before;
   const T* const D = s.D;
+  const bool has_D = s.has_D;
   T *const ddeltas = s.ddelta, *const dB_lanes = s.dB_lanes, *const dC_lanes = s.dC_lanes;
   V A[NV], q[NV];
   // s.A is the binary logarithm of the decay per delta.
@@ -103,7 +104,7 @@ MMVMAMBA_INLINE void adjoint_state(Scratch<T>& s, int64_t n, int64_t steps, bool
       sums.dA[v] += drate * delta;
       V du = dinput * delta, ddelta = drate * A[v] + dinput * u;
       if constexpr (kFirst) {
-        du += load(D + v * kLanes<T>) * dy;
+        if (has_D) du += load(D + v * kLanes<T>) * dy;
         sums.dD[v] += dy * u;
         if (add_to_du) du += load(du_row + v * kLanes<T>);
       } else {

@@ -15,15 +15,15 @@ namespace {
 // Codes of the activation; Activation in mmvmamba/ops/depthwise_conv/interface.py.
 constexpr int64_t kNone = 0, kSilu = 1;
 
-Storage storage_of(const Tensor& tensor) {
+Element storage_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
     case ScalarType::Double:
-      return Storage::kSame;
+      return Element::kSame;
     case ScalarType::BFloat16:
-      return Storage::kBFloat16;
+      return Element::kBFloat16;
     case ScalarType::Half:
-      return Storage::kFloat16;
+      return Element::kFloat16;
     default:
       STD_TORCH_CHECK(false, "mmvmamba::depthwise_conv2d: the map must be float32, float64, bfloat16 or float16");
   }
@@ -111,7 +111,8 @@ struct Inputs {
 
   void run(void (*kernel)(const DepthwiseConvArgs<T>&, int64_t, int64_t, T*)) const {
     if (empty_map()) return;
-    const size_t bytes = kernels<T>().depthwise_conv_workspace(args) * sizeof(T);
+    // A multiple of the alignment, as std::aligned_alloc demands.
+    const size_t bytes = (kernels<T>().depthwise_conv_workspace(args) * sizeof(T) + 63) / 64 * 64;
     torch::stable::parallel_for(0, slices() * blocks, 1, [&](int64_t begin, int64_t end) {
       std::unique_ptr<T, decltype(&std::free)> memory(static_cast<T*>(std::aligned_alloc(64, bytes)), &std::free);
       STD_TORCH_CHECK(memory != nullptr, "mmvmamba: out of memory for ", bytes, " bytes of scratch");

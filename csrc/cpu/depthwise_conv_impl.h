@@ -50,10 +50,10 @@ struct ConvScratch {
   int64_t size;
 
   ConvScratch(T* base, const DepthwiseConvArgs<T>& a) {
-    T* next = base;
-    auto take = [&next](int64_t vectors) {
-      T* here = next;
-      next += kConvBlock * vectors * kLanes<T>;
+    size = 0;
+    auto take = [base, this](int64_t vectors) {
+      T* here = base == nullptr ? nullptr : base + size;
+      size += kConvBlock * vectors * kLanes<T>;
       return here;
     };
     const int64_t taps = a.kernel_height * a.kernel_width;
@@ -66,7 +66,6 @@ struct ConvScratch {
     dz = take(ring / kLanes<T>);
     dweight = take(taps);
     dbias = take(1);
-    size = next - base;
   }
 };
 
@@ -383,10 +382,10 @@ void depthwise_conv_backward_tasks(const DepthwiseConvArgs<T>& a, int64_t begin,
 
 #define MMVMAMBA_BY_STORAGE(function, a, begin, end, memory)        \
   if constexpr (sizeof(T) == sizeof(float)) {                       \
-    if (a.storage == Storage::kBFloat16) {                          \
+    if (a.storage == Element::kBFloat16) {                          \
       MMVMAMBA_BY_KERNEL(function, BFloat16, a, begin, end, memory) \
     }                                                               \
-    if (a.storage == Storage::kFloat16) {                           \
+    if (a.storage == Element::kFloat16) {                           \
       MMVMAMBA_BY_KERNEL(function, Float16, a, begin, end, memory)  \
     }                                                               \
   }                                                                 \

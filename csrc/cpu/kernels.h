@@ -1,5 +1,5 @@
 // Interface between the PyTorch glue (selective_scan.cpp, scan2d.cpp) and the kernels, which are compiled once per
-// instruction set. No header but <stdint.h> may be included here or in chunk.h: an inline function of a library
+// instruction set. No library header may be included here or in what they include: an inline function of a library
 // header compiled with AVX-512 could be picked by the linker for the portable code and crash on an older processor.
 #pragma once
 
@@ -81,9 +81,6 @@ struct Scan2dArgs {
   T* dD;            // (b, k, d) or null
 };
 
-// What x, grad_out, out and dx of the depthwise convolution hold in memory.
-enum class Storage : int64_t { kSame, kBFloat16, kFloat16 };  // kSame: T
-
 // A map (b, h, w, d) whose channels lie beside each other; the strides count elements.
 struct MapView {
   const void* data;
@@ -98,7 +95,7 @@ struct DepthwiseConvArgs {
   int64_t batch, height, width, channels, kernel_height, kernel_width;
   int64_t bands;  // every map is cut into so many bands of rows
   bool silu;
-  Storage storage;
+  Element storage;
   void* out;         // forward: (b, h, w, d)
   MapView grad_out;  // backward
   void* dx;          // (b, h, w, d) or null

@@ -56,6 +56,7 @@ struct Inputs {
     args.states = A.size(2);
     args.rank = dt_weight.size(2);
     args.delta_softplus = delta_softplus;
+    STD_TORCH_CHECK(args.routes > 0 && args.states > 0, "mmvmamba::scan2d: A (k, d, n) must have k >= 1 and n >= 1");
     const int64_t pixels = args.height * args.width, parameters = args.routes * args.channels;
     STD_TORCH_CHECK(A.numel() == parameters * args.states && dt_weight.numel() == parameters * args.rank &&
                         projections.numel() == args.batch * pixels * args.routes * (args.rank + 2 * args.states) &&

@@ -52,12 +52,11 @@ MMVMAMBA_INLINE void visited_pixels(const Scan2dArgs<T>& a, int64_t route, int64
 
 // Routes along columns and permutations read lines that no hardware prefetcher foresees; ask for those of the next
 // chunk.
-template <int NV>
 MMVMAMBA_INLINE void prefetch_rows(const void* map, int64_t element_size, int64_t first, int64_t channels,
-                                   const int64_t* pixels, int64_t steps) {
+                                   int64_t width, const int64_t* pixels, int64_t steps) {
   for (int64_t t = 0; t < steps; ++t) {
     const char* row = static_cast<const char*>(map) + (first + pixels[t] * channels) * element_size;
-    for (int line = 0; line < NV; ++line) __builtin_prefetch(row + 64 * line);
+    for (int64_t at = 0; at < width * element_size; at += 64) __builtin_prefetch(row + at);
   }
 }
 
@@ -97,7 +96,8 @@ MMVMAMBA_INLINE void clear_map(T* map, int64_t pixels, int64_t channels, int64_t
 // Whether the first route may overwrite what a block of the map holds: it writes whole rows, each exactly once.
 template <typename T>
 MMVMAMBA_INLINE bool first_route_overwrites(const Scan2dArgs<T>& a, const MapTask<T>& task, int64_t block) {
-  return a.permutation == nullptr && task.width == block;
+  const bool every_pixel = a.permutation == nullptr && a.length == a.height * a.width;
+  return a.routes > 0 && every_pixel && task.width == block;
 }
 
 template <typename T, int NV>
@@ -121,8 +121,8 @@ MMVMAMBA_INLINE void scan2d_route(const Scan2dArgs<T>& a, Scratch<T>& s, const M
       const int64_t next_steps = min_of(kChunk, a.length - start - kChunk);
       visited_pixels(a, route, start + kChunk, next_steps, next_pixels);
       const int64_t first = task.batch * map * a.channels + task.first;
-      prefetch_rows<NV>(a.x.data, element_size(a.x), first, a.channels, next_pixels, next_steps);
-      if (add) prefetch_rows<NV>(a.out, sizeof(T), first, a.channels, next_pixels, next_steps);
+      prefetch_rows(a.x.data, element_size(a.x), first, a.channels, block, next_pixels, next_steps);
+      if (add) prefetch_rows(a.out, sizeof(T), first, a.channels, block, next_pixels, next_steps);
     }
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
     for (int64_t t = 0; t < steps; ++t) s.y[t] = whole ? out + pixels[t] * a.channels : s.y_rows + t * block;
@@ -176,9 +176,9 @@ MMVMAMBA_INLINE void scan2d_route_backward(const Scan2dArgs<T>& a, Scratch<T>& s
     if (chunk > 0) {
       visited_pixels(a, route, start - kChunk, kChunk, next_pixels);
       const int64_t first = task.batch * map * a.channels + task.first;
-      prefetch_rows<NV>(a.x.data, element_size(a.x), first, a.channels, next_pixels, kChunk);
-      prefetch_rows<NV>(a.grad_out.data, element_size(a.grad_out), first, a.channels, next_pixels, kChunk);
-      if (add) prefetch_rows<NV>(a.dx, sizeof(T), first, a.channels, next_pixels, kChunk);
+      prefetch_rows(a.x.data, element_size(a.x), first, a.channels, block, next_pixels, kChunk);
+      prefetch_rows(a.grad_out.data, element_size(a.grad_out), first, a.channels, block, next_pixels, kChunk);
+      if (add) prefetch_rows(a.dx, sizeof(T), first, a.channels, block, next_pixels, kChunk);
     }
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
     for (int64_t t = 0; t < steps; ++t) {

@@ -36,6 +36,7 @@ struct Inputs {
     args.states = A.size(1);
     args.groups = B.size(1);
     args.delta_softplus = delta_softplus;
+    STD_TORCH_CHECK(args.states > 0, "mmvmamba::selective_scan: A (d, n) must have n >= 1");
     const int64_t projected = args.batch * args.groups * args.states * args.length;
     STD_TORCH_CHECK(args.groups > 0 && args.channels % args.groups == 0,
                     "mmvmamba::selective_scan: the groups of B must divide the channels of u");

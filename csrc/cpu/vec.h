@@ -146,9 +146,9 @@ MMVMAMBA_INLINE Vec<double> exp2_bounded(Vec<double> t) {
   return t;
 }
 
-// 2^t as the product of two factors, for t up to 254 (as for that beyond); 0 for t <= -254. A decay beyond the type
-// must not become infinite before it meets the state, since infinity times a state of zero is NaN: ((h first) second).
-// The second is a power of two, so that this rounds only once. NaN stays NaN.
+// 2^t as the product of two factors, for t up to 254 (as for that beyond); below -252 something smaller, 0 from -254
+// on. A decay beyond the type must not become infinite before it meets the state, since infinity times a state of zero
+// is NaN: ((h first) second). The second is a power of two, so that this rounds as one product does. NaN stays NaN.
 MMVMAMBA_INLINE void exp2_factors(Vec<float> t, Vec<float>& first, Vec<float>& second) {
   typedef Vec<float> V;
   typedef VecTraits<float>::U U;
@@ -156,8 +156,9 @@ MMVMAMBA_INLINE void exp2_factors(Vec<float> t, Vec<float>& first, Vec<float>& s
   const V magic = splat(12582912.0f);
   const V shifted = clamped + magic;
   const V f = clamped - (shifted - magic);
-  // The shift to the right must know the sign; -254 ... 254 becomes 0 ... 508 and back.
-  const U power = (U)shifted - (U)magic, half = ((power + 254u) >> 1) - 127u;
+  // The shift to the right must know the sign; -254 ... 254 becomes 1 ... 509 and back. Halves are
+  // rounded up, so that the fraction, which may be below 1, never meets an exponent of zero.
+  const U power = (U)shifted - (U)magic, half = ((power + 255u) >> 1) - 127u;
   first = (V)((U)exp2_fraction(f) + (half << 23));
   first = t != t ? t : first;
   second = (V)((power - half + 127u) << 23);

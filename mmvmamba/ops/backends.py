@@ -135,18 +135,21 @@ def choose_backend(name: str | None, device_type: str) -> Choice:
             return Choice("compiled", False)
         warn_of_fallback(device_type)
         return Choice("reference", False)
-    if check_backend_name(name, origin) == "compiled" and problem is not None:
-        raise BackendError(f"backend 'compiled' was asked for by {origin} and cannot run: {problem}")
+    if check_backend_name(name, origin) == "compiled":
+        if problem is not None:
+            raise BackendError(f"backend 'compiled' was asked for by {origin} and cannot run: {problem}")
+        warn_of_portable_kernels()
     return Choice(name, True)
 
 
 def warn_of_portable_kernels() -> None:
     """Tell the user, once per process and on rank 0 only, that this processor is too old for the fast CPU kernels."""
     global _portable_kernels_checked
-    if _portable_kernels_checked or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _portable_kernels_checked:
         return
     _portable_kernels_checked = True
-    if torch.ops.mmvmamba.cpu_capability() != "default" or cpu_capability_limit() is not None or not is_first_rank():
+    wanted = cpu_capability_limit() == "default"
+    if wanted or torch.ops.mmvmamba.cpu_capability() != "default" or not is_first_rank():
         return
     warnings.warn(
         "mmvmamba runs its portable CPU kernels, several times slower than the others, because this processor has "
@@ -170,7 +173,7 @@ def warn_of_fallback(device_type: str) -> None:
         else "it launches several small operations per position, so expect it to be slow"
     )
     warnings.warn(
-        "mmvmamba falls back to its plain PyTorch scan ('reference' backend), which walks over the positions in "
+        "mmvmamba falls back to plain PyTorch ('reference' backend), whose scans walk over the positions in "
         f"Python: {cost}. Reason and cure: {why_not_compiled(device_type)}",
         stacklevel=5,
     )

@@ -244,7 +244,14 @@ print(sum("mmvmamba falls back" in str(w.message) for w in caught))
 @pytest.mark.ext
 @pytest.mark.parametrize(
     ("capability", "limit", "messages"),
-    [("default", None, 1), ("default", "default", 0), ("neon", None, 0), ("avx2", None, 0), ("avx512", None, 0)],
+    [
+        ("default", None, 1),
+        ("default", "avx2", 1),
+        ("default", "default", 0),
+        ("neon", None, 0),
+        ("avx2", None, 0),
+        ("avx512", None, 0),
+    ],
 )
 def test_an_old_processor_is_told_once(
     monkeypatch: pytest.MonkeyPatch, capability: str, limit: str | None, messages: int
@@ -256,7 +263,7 @@ def test_an_old_processor_is_told_once(
         monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(3):
-            scan2d(*scan2d_arguments(3, 4))
+        for backend in ("compiled", None, None):
+            scan2d(*scan2d_arguments(3, 4), backend=backend)
     ours = [str(warning.message) for warning in caught if "portable CPU kernels" in str(warning.message)]
     assert len(ours) == messages

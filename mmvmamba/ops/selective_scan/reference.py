@@ -153,8 +153,8 @@ def _prepare(
     B_t, C_t = _per_channel(B.to(accumulate), d), _per_channel(C.to(accumulate), d)
     rate = step * A
     if accumulate == torch.float32:
-        # Saturated below infinity: a decay beyond the type times a state of zero is zero, not NaN. float64 is left as it
-        # is: nothing that matters is beyond e^709, and a saturated exponent has no gradient.
+        # Saturated below infinity: a decay beyond the type times a state of zero is zero, not NaN. float64 is left
+        # alone: nothing that matters is beyond e^709, and a saturated exponent has no gradient.
         rate = rate.clamp(max=math.log(torch.finfo(torch.float32).max) - 1e-3)
     return _Scan(u_t, raw_delta, step, B_t, C_t, torch.exp(rate), step * u_t * B_t)
 
