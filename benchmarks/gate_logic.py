@@ -25,6 +25,9 @@ ALONE = 2.0
 ATTEMPTS = 3
 FLOOR = 1.0
 """Ours / reference that no machine may reach: compiled kernels beat the reference everywhere."""
+STRANGER_FACTOR = 2.0
+"""On a machine that is not recorded, how many times the worst recorded ours / reference of its instruction set is the
+floor of a case."""
 THIRDS = 3
 
 
@@ -67,6 +70,7 @@ class Verdict:
     expected: dict[str, float] | None
     allowed: dict[str, float]
     attempts: int
+    floor: float = FLOOR
 
     def losses(self) -> dict[str, float]:
         """How much larger each ratio is than expected; empty without an expectation."""
@@ -91,7 +95,9 @@ class Verdict:
         return f"{state} {self.case}: {', '.join(parts)}, attempts {self.attempts}"
 
 
-def judge(case: str, rounds: Rounds, expected: Mapping[str, float] | None, attempts: int) -> Verdict:
+def judge(
+    case: str, rounds: Rounds, expected: Mapping[str, float] | None, attempts: int, floor: float = FLOOR
+) -> Verdict:
     """Decide on one case.
 
     Args:
@@ -99,14 +105,15 @@ def judge(case: str, rounds: Rounds, expected: Mapping[str, float] | None, attem
         rounds: All rounds so far.
         expected: The ratios that were recorded, by yardstick, or None if there are none for this machine.
         attempts: How many measurements the rounds come from.
+        floor: Ours / reference that must not be reached.
     """
     found = {yardstick: rounds.ratio(yardstick) for yardstick in YARDSTICKS}
     allowed = {yardstick: ALLOWED_LOSS + min(rounds.noise(yardstick), MOST_NOISE) for yardstick in YARDSTICKS}
     wanted = None if expected is None else {yardstick: expected[yardstick] for yardstick in YARDSTICKS}
-    verdict = Verdict(case, True, found, wanted, allowed, attempts)
+    verdict = Verdict(case, True, found, wanted, allowed, attempts, floor)
     excess = [loss / allowed[yardstick] for yardstick, loss in verdict.losses().items()]
     lost = bool(excess) and (min(excess) > 1 or max(excess) > ALONE)
-    return dataclasses.replace(verdict, passed=found[REFERENCE] < FLOOR and not lost)
+    return dataclasses.replace(verdict, passed=found[REFERENCE] < floor and not lost)
 
 
 def decide(
@@ -114,15 +121,16 @@ def decide(
     measure: Callable[[], Rounds],
     expected: Mapping[str, float] | None,
     attempts: int = ATTEMPTS,
+    floor: float = FLOOR,
 ) -> Verdict:
     """Measure a case until it passes clearly, at most ``attempts`` times; the quickest rounds of all attempts count."""
     rounds = measure()
-    verdict = judge(case, rounds, expected, 1)
+    verdict = judge(case, rounds, expected, 1, floor)
     for attempt in range(2, attempts + 1):
         if verdict.is_clear():
             break
         rounds = rounds.joined(measure())
-        verdict = judge(case, rounds, expected, attempt)
+        verdict = judge(case, rounds, expected, attempt, floor)
     return verdict
 
 
@@ -134,6 +142,13 @@ def failure_message(verdict: Verdict) -> str:
         advice = (
             "The compiled kernel is no faster than plain PyTorch: look at it; this cannot be accepted with --update."
         )
+    elif verdict.found[REFERENCE] >= verdict.floor:
+        expected = (
+            f"ours/{REFERENCE} below {verdict.floor:.4g}, {STRANGER_FACTOR:g} times the worst of recorded machines"
+        )
+        advice = (
+            "Repair the kernel, or record this machine: python -m benchmarks.gate --update where nothing else runs."
+        )
     else:
         assert verdict.expected is not None  # for the type checker: only a recorded ratio can be lost
         recorded = ", ".join(f"ours/{y} {verdict.expected[y]:.4g} ({verdict.losses()[y]:+.1%})" for y in YARDSTICKS)
@@ -143,6 +158,16 @@ def failure_message(verdict: Verdict) -> str:
             "the commit message why it is slower."
         )
     return f"{verdict.case}: found {found} after {verdict.attempts} attempts, expected {expected}. {advice}"
+
+
+def floors(machines: Sequence[Mapping[str, Any]], instruction_set: str | None) -> dict[str, float]:
+    """Ours / reference, by case, that a machine which is not recorded must stay below, from those that are."""
+    worst: dict[str, float] = {}
+    for machine in machines:
+        if machine["instruction_set"] == instruction_set:
+            for case, ratios in machine["ratios"].items():
+                worst[case] = max(worst.get(case, 0.0), ratios[REFERENCE])
+    return {case: min(FLOOR, STRANGER_FACTOR * ratio) for case, ratio in worst.items()}
 
 
 def updated(machines: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> list[dict[str, Any]]:

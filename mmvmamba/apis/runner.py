@@ -130,7 +130,7 @@ def _set_amp(cfg: Config) -> None:
             "in the config itself, or drop --amp."
         )
     if get_device() == "cpu":
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not _cpu_multiplies_bfloat16():
             raise ConfigError(
                 "--amp: this CPU has no bfloat16 instructions, expected them or an accelerator: emulated, bfloat16 is "
                 "slower than float32. Drop --amp."
@@ -142,6 +142,11 @@ def _set_amp(cfg: Config) -> None:
     if name == "OptimWrapper":
         cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # Other builds of PyTorch may lack the operator, and then the fast products, too.
+    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _checkpoint_to_resume(work_dir: str, resume: str) -> str:

@@ -149,7 +149,7 @@ def warn_of_portable_kernels() -> None:
         return
     _portable_kernels_checked = True
     wanted = cpu_capability_limit() == "default"
-    if wanted or torch.ops.mmvmamba.cpu_capability() != "default" or not is_first_rank():
+    if wanted or extension.CPU_CAPABILITY != "default" or not is_first_rank():
         return
     warnings.warn(
         "mmvmamba runs its portable CPU kernels, several times slower than the others, because this processor has "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import mmvmamba.ops.library  # noqa: F401  declares what the kernels attach themselves to
 from mmvmamba.version import __version__
 
 REBUILD = "run 'pip install --no-build-isolation .' in the source tree (needs a C++ compiler such as g++)"
@@ -106,3 +107,6 @@ EXTENSION_PROBLEM: str | None = _load()
 """Why the compiled extension is not in use, or None."""
 HAS_EXTENSION: bool = EXTENSION_PROBLEM is None
 """Whether the compiled CPU kernels are registered."""
+# Asked once: an operator that returns a text cannot be recorded by torch.jit.trace.
+CPU_CAPABILITY: str | None = torch.ops.mmvmamba.cpu_capability() if HAS_EXTENSION else None
+"""Instruction set of the compiled CPU kernels: default, neon, avx2 or avx512; None without them."""

@@ -17,6 +17,8 @@ from benchmarks.gate_logic import (
     REFERENCE,
     Rounds,
     decide,
+    failure_message,
+    floors,
     judge,
     key_of,
     updated,
@@ -153,7 +155,7 @@ def test_update_records_what_the_next_run_expects(tmp_path, capsys: pytest.Captu
         return gate.main([*arguments, *more], [machine.case()], machine.clock)
 
     assert run(Machine()) == 0
-    assert "only the floor counts" in capsys.readouterr().out
+    assert "only a floor counts" in capsys.readouterr().out
     assert run(Machine(), "--update") == 0
     (recorded,) = json.loads(path.read_text())["machines"]
     assert recorded["ratios"]["made up"] == pytest.approx(EXPECTED, rel=0.02)
@@ -217,7 +219,7 @@ def test_machines_are_told_apart_by_instruction_set_cpu_and_torch() -> None:
 
 def test_shipped_record_names_cases_of_the_gate() -> None:
     names = {case.name for case in gate.CASES}
-    assert len(names) == len(gate.CASES) == 8
+    assert len(names) == len(gate.CASES) == 10
     for machine in gate.load(gate.FILE):
         assert set(machine["ratios"]) <= names, machine["cpu"]
 
@@ -228,3 +230,23 @@ def test_a_real_case_is_checked_and_measured() -> None:
     rounds = gate.measure(case.build(), rounds=1)
     assert {name: len(seconds) for name, seconds in rounds.seconds.items()} == {OURS: 1, REFERENCE: 1, GEMM: 1}
     assert all(seconds > 0 for values in rounds.seconds.values() for seconds in values)
+
+
+def test_a_stranger_is_held_to_its_instruction_set() -> None:
+    machines = [
+        {"instruction_set": "avx2", "ratios": {"case": {GEMM: 1.0, REFERENCE: 0.05}}},
+        {
+            "instruction_set": "avx2",
+            "ratios": {"case": {GEMM: 1.0, REFERENCE: 0.03}, "other": {GEMM: 1.0, REFERENCE: 0.9}},
+        },
+        {"instruction_set": "neon", "ratios": {"case": {GEMM: 1.0, REFERENCE: 0.2}}},
+    ]
+    limits = floors(machines, "avx2")
+    assert limits == {"case": pytest.approx(0.1), "other": 1.0}
+    assert floors(machines, "avx512") == {}
+    fast = Rounds({OURS: [0.08] * 3, GEMM: [1.0] * 3, REFERENCE: [1.0] * 3})
+    slow = Rounds({OURS: [0.12] * 3, GEMM: [1.0] * 3, REFERENCE: [1.0] * 3})
+    assert judge("case", fast, None, 1, limits["case"]).passed
+    verdict = judge("case", slow, None, 1, limits["case"])
+    assert not verdict.passed
+    assert "below 0.1, 2 times the worst of recorded machines" in failure_message(verdict)

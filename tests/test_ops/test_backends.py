@@ -257,7 +257,7 @@ def test_an_old_processor_is_told_once(
     monkeypatch: pytest.MonkeyPatch, capability: str, limit: str | None, messages: int
 ) -> None:
     monkeypatch.setattr(backends, "_portable_kernels_checked", False)
-    monkeypatch.setattr(torch.ops.mmvmamba, "cpu_capability", lambda: capability)
+    monkeypatch.setattr(extension, "CPU_CAPABILITY", capability)
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     if limit is not None:
         monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
@@ -267,3 +267,16 @@ def test_an_old_processor_is_told_once(
             scan2d(*scan2d_arguments(3, 4), backend=backend)
     ours = [str(warning.message) for warning in caught if "portable CPU kernels" in str(warning.message)]
     assert len(ours) == messages
+
+
+def test_the_first_use_may_be_inside_a_trace() -> None:
+    """What is asked of the library once per process must not be recorded, nor fail to be."""
+    code = """
+import torch
+from mmvmamba.ops import scan2d
+args = [torch.randn(1, 3, 4, 8), torch.randn(1, 3, 4, 4, 4), torch.randn(4, 8, 2), torch.randn(4, 8),
+        -torch.rand(4, 8, 1), torch.randn(4, 8)]
+traced = torch.jit.trace(lambda x: scan2d(x, *args[1:]), args[0])
+assert torch.equal(traced(args[0]), scan2d(*args))
+"""
+    assert run(code, ROOT).returncode == 0

@@ -137,7 +137,7 @@ class SS2D(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (b, h, w, d), perhaps half of a wider map, depthwise and apply the activation."""
         conv = self.conv2d
-        if type(conv) is ChannelsLastConv2d and self._can_fuse(conv, x):
+        if isinstance(conv, ChannelsLastConv2d) and self._can_fuse(conv, x):
             return depthwise_conv2d(x, conv.weight, conv.bias, activation="silu")
         return self.act(conv(x))
 
@@ -146,10 +146,20 @@ class SS2D(nn.Module):
 
         A trace keeps PyTorch's operators, which compilers and other runtimes know.
         """
+        is_plain = (
+            type(conv) is ChannelsLastConv2d
+            and conv.groups == conv.in_channels == conv.out_channels
+            and conv.stride == conv.dilation == (1, 1)
+            and conv.padding_mode == "zeros"
+            and all(side % 2 == 1 for side in conv.kernel_size)
+            and conv.padding == tuple(side // 2 for side in conv.kernel_size)
+        )
         return (
-            type(self.act) is nn.SiLU
+            is_plain
+            and type(self.act) is nn.SiLU
             and x.device.type == "cpu"
             and not torch.compiler.is_compiling()
+            and torch._C._get_tracing_state() is None  # torch.jit.trace
             and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled("cpu"))
             and is_unobserved(conv, self.act)
             and choose_backend(None, "cpu").name == "compiled"
