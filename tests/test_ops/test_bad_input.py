@@ -9,6 +9,7 @@ import torch
 
 from mmvmamba.errors import BackendError, ConfigError, OpInputError
 from mmvmamba.ops import CROSS_SCAN, ScanOrder, scan2d, selective_scan
+from mmvmamba.testing import requires_extension
 from tests.test_ops.test_exact import BACKENDS, scan2d_arguments
 
 B_, D_, L_, N_ = 2, 6, 10, 3
@@ -141,3 +142,34 @@ def test_the_raw_operator_checks_what_protects_memory() -> None:
         torch.ops.mmvmamba.scan2d(*args[:4], args[4][:, :10], args[5], [0, 1, 2, 3], None, True, torch.float32, False)
     with pytest.raises((RuntimeError, ValueError)):
         torch.ops.mmvmamba.scan2d(*args, [0, 1, 2, 9], None, True, torch.float32, False)
+
+
+def raw_scan_arguments(d: int, n: int) -> list[torch.Tensor]:
+    """Of torch.ops.mmvmamba.selective_scan, up to delta_bias."""
+    streams, projections = torch.randn(2, 2, d, 9).unbind(0), torch.randn(2, 2, 1, n, 9).unbind(0)
+    return [*streams, -torch.rand(d, n), *projections, torch.randn(d), torch.randn(d)]
+
+
+@requires_extension()
+@pytest.mark.ext
+@pytest.mark.parametrize(("k", "n"), [(4, 0), (0, 1), (0, 0)])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_raw_scan2d_refuses_no_states_and_no_routes(k: int, n: int, permuted: bool) -> None:
+    args = scan2d_arguments(3, 4, k=k, n=n)
+    routes = ([], torch.zeros(k, 12, dtype=torch.int64)) if permuted else ([0] * k, None)
+    with pytest.raises(RuntimeError, match="k >= 1 and n >= 1"):
+        torch.ops.mmvmamba.scan2d(*args, *routes, True, torch.float32, True)
+    with pytest.raises(RuntimeError, match="k >= 1 and n >= 1"):
+        torch.ops.mmvmamba.scan2d_backward(args[0], *args, *routes, True, torch.empty(0))
+
+
+@requires_extension()
+@pytest.mark.ext
+def test_the_raw_selective_scan_refuses_no_states() -> None:
+    args = raw_scan_arguments(20, 0)
+    with pytest.raises(RuntimeError, match="n >= 1"):
+        torch.ops.mmvmamba.selective_scan(*args, True, torch.float32, True)
+    with pytest.raises(RuntimeError, match="n >= 1"):
+        torch.ops.mmvmamba.selective_scan_backward(args[0], None, *args, True, torch.empty(0))
+    out, _, _ = torch.ops.mmvmamba.selective_scan(*raw_scan_arguments(20, 1), True, torch.float32, True)
+    assert out.isfinite().all()

@@ -285,10 +285,15 @@ def test_scan2d_of_nothing(backend: str, shape: tuple[int, int, int, int]) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_route_that_visits_nothing(backend: str) -> None:
-    args = scan2d_arguments(3, 4, k=2)
-    out = scan2d(*args, orders=torch.empty(2, 0, dtype=torch.int64), backend=backend)
+@pytest.mark.parametrize("d", [16, 20, 64])  # whole vectors, and not
+def test_a_route_that_visits_nothing(backend: str, d: int) -> None:
+    leaves = [leaf.requires_grad_() for leaf in scan2d_arguments(3, 4, d=d, k=2)]
+    out = scan2d(*leaves, orders=torch.empty(2, 0, dtype=torch.int64), backend=backend)
+    assert out.shape == leaves[0].shape
     assert not out.any()
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

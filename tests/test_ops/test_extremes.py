@@ -149,3 +149,30 @@ def test_huge_inputs(tensor: str, dtype: torch.dtype, backend: str) -> None:
     inputs[tensor] = torch.full_like(inputs[tensor], HUGE[dtype])
     for softplus in (True, False):
         assert check("selective_scan", inputs, softplus, backend) > d * length
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_without_a_skip_an_infinite_input_gives_infinity(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Not NaN, which it would be if a missing D were a D of zero; and nothing in other channels."""
+    d, length, at, channel = 20, 6, 2, 3
+    stream = torch.rand(1, d, length)
+    stream[0, channel, at] = float("inf")
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    rates = -torch.ones(d, 1, dtype=parameter)
+    if name == "scan2d":
+        x = stream.transpose(1, 2).unsqueeze(1).to(dtype)
+        weight = torch.ones(1, d, 1, dtype=parameter)
+        projections = torch.ones(1, 1, length, 1, 3, dtype=dtype)
+        out = scan2d(x, projections, weight, None, rates[None], None, orders=(ScanOrder.ROW,), backend=backend)
+        out = out[:, 0].transpose(1, 2)
+    else:
+        ones = torch.ones(1, 1, length, dtype=dtype)
+        out = selective_scan(
+            stream.to(dtype), torch.ones(1, d, length, dtype=dtype), rates, ones, ones, backend=backend
+        )
+    expected = torch.zeros(1, d, length, dtype=torch.bool)
+    expected[0, channel, at:] = True
+    assert torch.equal(out == float("inf"), expected)
+    assert out[~expected].isfinite().all()
