@@ -87,8 +87,8 @@ def check(name: str, inputs: Inputs, softplus: bool, backend: str, skipped: tupl
         assert wrong == 0, f"{key}: {wrong} elements are not finite, the first at {_first(in_range, value)}"
         wanted += int(in_range.sum())
         if value.dtype == torch.float32:
-            # What underflows in float32 times something huge is 0 where the exact product is tiny.
-            compared = in_range & (exact[key].abs() > 1e-20)
+            # A decay below 2^-126, about 1e-38, may be 0; gradients are up to 1e4, a step size or a rate, times it.
+            compared = in_range & (exact[key].abs() > 1e-34)
             error = (value.double() - exact[key])[compared].abs() / exact[key][compared].abs()
             largest = float(error.max()) if error.numel() else 0.0
             assert largest < ERROR, f"{key}: relative error {largest:.1e}"
@@ -152,7 +152,7 @@ def test_huge_inputs(tensor: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_without_a_skip_an_infinite_input_gives_infinity(name: str, dtype: torch.dtype, backend: str) -> None:
     """Not NaN, which it would be if a missing D were a D of zero; and nothing in other channels."""

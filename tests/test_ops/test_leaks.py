@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmvmamba.errors import OpInputError
-from mmvmamba.ops import scan2d, selective_scan
+from mmvmamba.ops import depthwise_conv2d, scan2d, selective_scan
 from mmvmamba.testing import requires_extension
 from tests.test_ops.test_exact import scan2d_arguments
 
@@ -64,6 +64,11 @@ def call_scan2d_along_a_permutation() -> None:
     torch.autograd.grad(scan2d(*leaves, orders=routes, backend="compiled").sum(), leaves)
 
 
+def call_depthwise_conv2d() -> None:
+    leaves = [value.requires_grad_() for value in (torch.randn(2, 6, 7, 20), torch.randn(20, 1, 3, 3), torch.randn(20))]
+    torch.autograd.grad(depthwise_conv2d(*leaves, activation="silu", backend="compiled").sum(), leaves)
+
+
 def refused_in_python() -> None:
     u, *others = scan_arguments()
     with pytest.raises(OpInputError):
@@ -82,7 +87,14 @@ def refused_in_the_kernel() -> None:
 @pytest.mark.ext
 @pytest.mark.parametrize(
     "call",
-    [call_selective_scan, call_scan2d, call_scan2d_along_a_permutation, refused_in_python, refused_in_the_kernel],
+    [
+        call_selective_scan,
+        call_scan2d,
+        call_scan2d_along_a_permutation,
+        call_depthwise_conv2d,
+        refused_in_python,
+        refused_in_the_kernel,
+    ],
 )
 def test_memory_stays(call: Call, one_thread: None) -> None:
     # The allocator of the C library and PyTorch's caches reach their final size first.
