@@ -7,10 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mmvmamba.ops import CROSS_SCAN, scan2d
 from mmvmamba.testing import FORWARD_BOUND, PARAMETER_GRAD_BOUND, STREAM_GRAD_BOUND, assert_close, requires_extension
 from tests.test_ops.samples import MAKERS, Sample
+from tests.test_ops.test_exact import scan2d_arguments
 
 COUNT = 200
+FEW_CHANNELS = (1, 2, 3, 5, 7, 9)
 
 
 def check(sample: Sample, backend: str) -> None:
@@ -31,6 +34,19 @@ def check(sample: Sample, backend: str) -> None:
 @pytest.mark.parametrize("seed", range(COUNT))
 def test_compiled(make: Callable[[int], Sample], seed: int) -> None:
     check(make(seed), "compiled")
+
+
+@requires_extension()
+@pytest.mark.ext
+@pytest.mark.parametrize("d", FEW_CHANNELS)
+@pytest.mark.parametrize("orders", ["named", "permutation"])
+def test_fewer_channels_than_a_vector_has(d: int, orders: str) -> None:
+    """In float32, which the random samples give to wider maps only."""
+    routes = torch.stack([torch.randperm(42) for _ in range(4)]) if orders == "permutation" else CROSS_SCAN
+    names = ("x", "projections", "dt_weight", "dt_bias", "A", "D")
+    tensors = dict(zip(names, scan2d_arguments(6, 7, d=d), strict=True))
+    options = {"orders": routes, "delta_softplus": True, "out_dtype": None}
+    check(Sample(scan2d, tensors, options, ("x", "projections"), torch.float32), "compiled")
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
