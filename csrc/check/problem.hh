@@ -1,15 +1,17 @@
 // Random problems for the kernels: shapes, options and inputs from one number, in buffers of exactly their size.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <string>
 #include <utility>
 
-#include "cpu/kernels.h"
+#include "storage.hh"
 
 namespace check {
 
@@ -127,6 +129,31 @@ class InputMaker {
     return out;
   }
 
+  // Decay rates for sequences of `length`: usual ones; some above zero, which no length lets overflow; or some so
+  // strong that decays underflow. The kernels treat blocks with a rate above zero differently.
+  Buffer<T> make_rates(int64_t count, int64_t length) {
+    Buffer<T> rates = make(count, 1, true);
+    const double kind = random_.uniform();
+    if (values_ == Values::kExtreme || kind < 0.6) return rates;
+    const double strongest = kind < 0.8 ? 3.0 / static_cast<double>(length + 1) : -400;
+    const double rate = random_.chance(0.5) ? 0.5 : 0.05;
+    for (int64_t i = 0; i < count; ++i)
+      if (random_.chance(rate) && std::isfinite(rates[i])) rates[i] = static_cast<T>(strongest * random_.uniform());
+    return rates;
+  }
+
+  // The type of an input of the kernels that read several, and for 2 bytes what it holds; `values` become rounded.
+  Element pick_element(Buffer<T>& values, Buffer<uint16_t>& bits) {
+    if (sizeof(T) != sizeof(float) || random_.chance(0.4)) return Element::kSame;
+    const Element element = random_.chance(0.5) ? Element::kBFloat16 : Element::kFloat16;
+    bits = Buffer<uint16_t>(values.size(), random_.chance(0.25) ? random_.between(1, 3) : 0);
+    for (int64_t i = 0; i < values.size(); ++i) {
+      bits[i] = to_bits(values[i], element);
+      values[i] = static_cast<T>(from_bits(bits[i], element));
+    }
+    return element;
+  }
+
   Buffer<T> maybe(bool wanted, int64_t count, double scale) { return wanted ? make(count, scale) : Buffer<T>(); }
 
  private:
@@ -185,7 +212,7 @@ struct ScanProblem {
     InputMaker<T> inputs(random, values);
     u = inputs.make(b * d * l, 1);
     delta = inputs.make(b * d * l, softplus ? 1 : 0.3);
-    A = inputs.make(d * n, 1, true);
+    A = inputs.make_rates(d * n, l);
     B = inputs.make(b * g * n * l, 1);
     C = inputs.make(b * g * n * l, 1);
     D = inputs.maybe(has_D, d, 1);
@@ -214,6 +241,8 @@ struct MapProblem {
   Values values;
   Buffer<T> x, projections, dt_weight, dt_bias, A, D, grad_out;
   Buffer<int64_t> orders, permutation;
+  Element x_element, projections_element, grad_element;
+  Buffer<uint16_t> x_bits, projections_bits, grad_bits;
 
   explicit MapProblem(Random& random) {
     d = random.chance(0.3) ? random.between(1, 200) : random.magnitude(200);
@@ -238,10 +267,13 @@ struct MapProblem {
     projections = inputs.make(pixels * k * (r + 2 * n), scale);
     dt_weight = inputs.make(k * d * r, scale / std::sqrt(r + 1.0));
     dt_bias = inputs.maybe(has_bias, k * d, 0.5);
-    A = inputs.make(k * d * n, 1, true);
+    A = inputs.make_rates(k * d * n, l);
     D = inputs.maybe(has_D, k * d, 1);
     grad_out = inputs.make(pixels * d, 1);
     if (!softplus && values != Values::kExtreme) make_steps_positive();
+    x_element = inputs.pick_element(x, x_bits);
+    projections_element = inputs.pick_element(projections, projections_bits);
+    grad_element = inputs.pick_element(grad_out, grad_bits);
   }
 
   // Named orders, or rows of pixel indices: permutations, parts of them, or any with repeats.
@@ -277,8 +309,9 @@ struct MapProblem {
     return "scan2d b=" + std::to_string(b) + " h=" + std::to_string(h) + " w=" + std::to_string(w) +
            " d=" + std::to_string(d) + " k=" + std::to_string(k) + " r=" + std::to_string(r) +
            " n=" + std::to_string(n) + " l=" + std::to_string(l) + (softplus ? " softplus" : "") + (has_D ? " D" : "") +
-           (has_bias ? " dt_bias" : "") + (has_permutation ? " permutation" : " orders") + ", " + name_of(values) +
-           " values";
+           (has_bias ? " dt_bias" : "") + (has_permutation ? " permutation" : " orders") + ", x " + name_of(x_element) +
+           ", projections " + name_of(projections_element) + ", grad_out " + name_of(grad_element) + ", " +
+           name_of(values) + " values";
   }
 };
 

@@ -1,9 +1,7 @@
-// Calls of the kernels of one instruction set, through the same structs as csrc/cpu/<op>.cpp: the only file here that
-// knows them.
+// Calls of the scans of one instruction set, through the same structs as csrc/cpu/<op>.cpp.
 #pragma once
 
 #include <cstdlib>
-#include <type_traits>
 #include <vector>
 
 #include "scalar_scan.hh"
@@ -28,8 +26,9 @@ void run_tasks(void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& ar
   for (size_t i = 0; i <= execution.cuts.size(); ++i) {
     const int64_t end = i < execution.cuts.size() ? execution.cuts[i] : count;
     const size_t bytes = static_cast<size_t>(elements) * sizeof(T);
-    T* scratch = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (scratch == nullptr) std::abort();
+    void* memory = nullptr;  // std::aligned_alloc would not give any size
+    if (posix_memalign(&memory, 64, bytes) != 0) std::abort();
+    T* scratch = static_cast<T*>(memory);
     std::memset(scratch, execution.pattern, bytes);
     if (begin < end) kernel(args, begin, end, scratch);
     std::free(scratch);
@@ -39,13 +38,10 @@ void run_tasks(void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& ar
 
 inline int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
-// Inputs that a kernel can read in several types are given in that of the state.
-template <typename Field, typename T>
-void set_input(Field& field, const Buffer<T>& buffer) {
-  if constexpr (std::is_pointer_v<Field>)
-    field = buffer.data();
-  else
-    field = {buffer.data(), decltype(field.element)::kSame};
+template <typename T>
+mmvmamba::Input<T> input(const Buffer<T>& values, Element element, const Buffer<uint16_t>& bits) {
+  if (element == Element::kSame) return {values.data(), element};
+  return {bits.data(), element};
 }
 
 template <typename T>
@@ -139,8 +135,8 @@ Results<T> run(const Kernels<T>& kernels, const MapProblem<T>& p, const Executio
   Buffer<T> ddt_bias = empty(p.has_bias ? p.b * p.k * p.d : 0), dA = empty(p.b * p.k * p.d * p.n);
   Buffer<T> dD = empty(p.has_D ? p.b * p.k * p.d : 0);
   Scan2dArgs<T> args{};
-  set_input(args.x, p.x);
-  set_input(args.projections, p.projections);
+  args.x = input(p.x, p.x_element, p.x_bits);
+  args.projections = input(p.projections, p.projections_element, p.projections_bits);
   args.dt_weight = p.dt_weight.data();
   args.dt_bias = p.dt_bias.data();
   args.A = p.A.data();
@@ -161,7 +157,7 @@ Results<T> run(const Kernels<T>& kernels, const MapProblem<T>& p, const Executio
   args.out = out.data();
   args.carries = carries.data();
   run_tasks(kernels.scan2d, args, tasks, scratch, execution);
-  set_input(args.grad_out, p.grad_out);
+  args.grad_out = input(p.grad_out, p.grad_element, p.grad_bits);
   args.dx = dx.data();
   args.dprojections = dprojections.data();
   args.ddt_weight = ddt_weight.data();

@@ -9,7 +9,8 @@
 
 namespace check {
 
-enum class Bound { kForward, kStream, kParameter };
+// kBFloat16, kFloat16: rounded to them in the end.
+enum class Bound { kForward, kStream, kParameter, kBFloat16, kFloat16 };
 
 // One result of the kernels, summed over its partial results.
 template <typename T>
