@@ -95,7 +95,7 @@ class Checker {
           fail(whole[i].name, "depends on how the tasks are dealt out, or on memory that nobody wrote");
       if (!same_bits(whole.front().values, whole.back().values))
         fail("out", "depends on the call, or on whether states are saved");
-      for (size_t i = 0; i < expected.size(); ++i) compare(whole[i], expected[i], problem.values);
+      for (size_t i = 0; i < expected.size(); ++i) compare(whole[i], expected[i], problem.values, problem.slack);
     }
   }
 
@@ -106,7 +106,7 @@ class Checker {
   }
 
   template <typename T>
-  void compare(const Result<T>& found, const Expected& expected, Values values) {
+  void compare(const Result<T>& found, const Expected& expected, Values values, double slack) {
     if (found.name != expected.name || found.values.size() != expected.values.size()) {
       fail(found.name, "has another name or size than " + expected.name + " of the scalar scan");
       return;
@@ -125,7 +125,7 @@ class Checker {
         return;
       }
     }
-    const double bound = allowed(found.bound, sizeof(T) == 4);
+    const double bound = slack * allowed(found.bound, sizeof(T) == 4);
     const double ratio = error == 0 ? 0 : error / (scale * bound);
     ++totals_.compared;
     if (!(ratio <= 1)) fail(found.name, "has a relative error of " + std::to_string(ratio) + " times the bound");

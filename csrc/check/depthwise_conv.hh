@@ -76,6 +76,7 @@ struct ConvProblem {
   bool silu, has_bias, need_x, need_weight, need_bias;
   Element storage;
   Values values;
+  double slack = 1;
   Buffer<T> weight, bias;  // (kh kw, d), (d)
   StoredMap<T> x, grad_out;
 
@@ -118,7 +119,7 @@ struct ConvProblem {
   }
 };
 
-// Index of a pixel `dy`, `dx` away from (y, x) of map b, or -1 in the padding.
+// Index of pixel (y, x) of map b, or -1 in the padding.
 template <typename T>
 int64_t neighbour(const ConvProblem<T>& p, int64_t b, int64_t y, int64_t x) {
   return y < 0 || y >= p.h || x < 0 || x >= p.w ? -1 : ((b * p.h + y) * p.w + x);
