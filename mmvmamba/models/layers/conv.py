@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmvmamba.models.layers.onednn import multiply, serves_float32, serves_gradient, weight_gradient, without_autocast
+from mmvmamba.models.layers.onednn import (
+    is_traced,
+    multiply,
+    serves_float32,
+    serves_gradient,
+    weight_gradient,
+    without_autocast,
+)
 
 # Multiplications of a window below which PyTorch's own backward pass is as fast (docs/cpu_speed.md).
 _MIN_WINDOW = 9 * 96
@@ -59,7 +66,8 @@ class ChannelsLastConv2d(nn.Conv2d):
     def _window_steps(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """Return stride and padding if products of copied windows of ``x`` (b, c, h, w) beat PyTorch's convolution."""
         if (
-            self.groups != 1
+            is_traced()
+            or self.groups != 1
             or self.dilation != (1, 1)
             or self.padding_mode != "zeros"
             or isinstance(self.padding, str)

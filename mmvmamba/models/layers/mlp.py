@@ -13,6 +13,7 @@ from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import (
     inference_dtype,
+    is_traced,
     matmul,
     multiply,
     serves_float32,
@@ -68,7 +69,8 @@ class Mlp(nn.Module):
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether two products with a GELU between are all there is, and worth it for ``x`` (..., c)."""
         return (
-            type(self.fc1) is type(self.fc2) is Linear
+            not is_traced()
+            and type(self.fc1) is type(self.fc2) is Linear
             and type(self.act) is nn.GELU
             and self.act.approximate == "none"
             and (self.drop.p == 0.0 or not self.drop.training)
