@@ -39,15 +39,7 @@ class ChannelsLastConv2d(nn.Conv2d):
     neither permutation moves data. In a half-precision model a float32 map (that of the scan) stays
     float32. A map that is smaller than the kernel even with the convolution's own padding is
     padded with zeros at the right and bottom up to the kernel; every other size follows the usual formula.
-
-    The weight (c', c, kh, kw) of an ungrouped convolution is stored with its channels last in memory, as maps are;
-    loading, copying and casting keep that, and every other layout gives the same numbers, more slowly.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.groups == 1:
-            self.weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (b, h, w, c)."""
@@ -89,34 +81,45 @@ def _few_pixels(pixels: int, window: int) -> bool:
     return window >= _MIN_WINDOW and 2 * pixels <= window
 
 
-def _pixels(size: tuple[int, int, int], weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> int:
-    """Return how many pixels the convolution of a map of ``size`` (b, h, w) has."""
+def _sides(size: tuple[int, int], weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns that the convolution of a map of ``size`` (h, w) has."""
     rows, columns = (
         (side + 2 * pad - kernel) // step + 1
-        for side, pad, kernel, step in zip(size[1:], padding, weight.shape[2:], stride, strict=True)
+        for side, pad, kernel, step in zip(size, padding, weight.shape[2:], stride, strict=True)
     )
+    return rows, columns
+
+
+def _pixels(size: tuple[int, int, int], weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> int:
+    """Return how many pixels the convolution of a map of ``size`` (b, h, w) has."""
+    rows, columns = _sides(size[1:], weight, stride, padding)
     return size[0] * rows * columns
 
 
 def _windows(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Return a view (b, h', w', kh, kw, c) of the zero-padded map (b, h, w, c) with every window of the convolution."""
+    """Copy all windows of the zero-padded map (b, h, w, c): (b * h' * w', kh * kw, c)."""
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     # Both come out behind the channels: (b, h', w', c, kh, kw).
-    return x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1]).permute(0, 1, 2, 4, 5, 3)
+    windows = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
+    return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, kernel[0] * kernel[1], x.shape[3])
 
 
-def _as_matrix(weight: Tensor) -> Tensor:
-    """View a weight (c', c, kh, kw), channels last in memory, as (c', kh * kw * c); another layout is copied."""
-    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+def _swapped(matrices: Tensor) -> Tensor:
+    """Copy (m, i, j) as (m, j * i): from the order of a window in the map to that in the weight, or back."""
+    return matrices.transpose(1, 2).reshape(matrices.shape[0], -1)
 
 
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor:
-    """Convolve ``x`` (b, h, w, c) by one product of all windows with the weight; (b, h', w', c')."""
-    windows = _windows(x, (weight.shape[2], weight.shape[3]), stride, padding)
-    matrix = _as_matrix(weight)
-    return multiply(windows.reshape(-1, matrix.shape[1]), matrix, bias).view(*windows.shape[:3], weight.shape[0])
+    """Convolve ``x`` (b, h, w, c) by one product of all windows with the weight; (b, h', w', c').
+
+    The windows are copied twice, the second time in the order of the weight, of which no copy is made: copying them
+    in that order at once reads the map one number at a time.
+    """
+    rows, columns = _sides((x.shape[1], x.shape[2]), weight, stride, padding)
+    windows = _swapped(_windows(x, (weight.shape[2], weight.shape[3]), stride, padding))
+    return multiply(windows, weight.flatten(1), bias).view(x.shape[0], rows, columns, weight.shape[0])
 
 
 class _WindowConv(torch.autograd.Function):
@@ -146,27 +149,41 @@ class _WindowConv(torch.autograd.Function):
         rows = grad.reshape(-1, weight.shape[0])
         grad_x = grad_weight = None
         if of_weight:
-            kernel = (weight.shape[2], weight.shape[3])
-            matrix = weight_gradient(rows, _windows(x, kernel, ctx.stride, ctx.padding).reshape(rows.shape[0], -1))
-            # In memory as the weight: the optimizer and DDP step through both together.
-            grad_weight = matrix.view(weight.shape[0], *kernel, -1).permute(0, 3, 1, 2)
+            windows = _windows(x, (weight.shape[2], weight.shape[3]), ctx.stride, ctx.padding)
+            grad_weight = _weight_gradient(rows, windows, weight)
         if of_x:
-            grad_x = _input_gradient(multiply(rows, _as_matrix(weight).t()), grad, x, weight, ctx.stride, ctx.padding)
+            grad_x = _input_gradient(_windows_gradient(rows, weight), grad, x, weight, ctx.stride, ctx.padding)
         return grad_x, grad_weight, rows.sum(0) if of_bias else None, None, None
+
+
+def _weight_gradient(rows: Tensor, windows: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient (c', c, kh, kw), contiguous, from that of the output (m, c') and windows (m, kh * kw, c)."""
+    if len(rows) <= len(weight):
+        return weight_gradient(rows, _swapped(windows)).view(weight.shape)
+    # More windows than the weight has: what is put in the order of the weight is the result.
+    return _swapped(weight_gradient(rows, windows.flatten(1)).view(-1, *windows.shape[1:])).view(weight.shape)
+
+
+def _windows_gradient(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of all windows, in any order in memory, from that of the output (m, c'); (m, kh * kw, c)."""
+    m, (c_out, c) = len(rows), weight.shape[:2]
+    if m <= c_out:
+        # Copied so that what belongs together in the map, the channels, is together here.
+        return multiply(rows, weight.flatten(1).t()).view(m, c, -1).permute(2, 0, 1).contiguous().permute(1, 0, 2)
+    return multiply(rows, _swapped(weight.flatten(2)).t()).view(m, -1, c)
 
 
 def _input_gradient(
     of_windows: Tensor, grad: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor:
-    """Add the gradients of all windows (b * h' * w', kh * kw * c) at the pixels they came from; (b, h, w, c)."""
+    """Add the gradients of all windows (b * h' * w', kh * kw, c) at the pixels they came from; (b, h, w, c)."""
     (b, rows, columns, _), (_, h, w, c) = grad.shape, x.shape
     kh, kw = weight.shape[2:]
-    of_windows = of_windows.view(b, rows, columns, kh, kw, c)
     out = x.new_zeros(b, h + 2 * padding[0], w + 2 * padding[1], c)
     for i in range(kh):
         for j in range(kw):
             at = out[:, i : i + rows * stride[0] : stride[0], j : j + columns * stride[1] : stride[1]]
-            at.add_(of_windows[:, :, :, i, j])
+            at.add_(of_windows[:, i * kw + j].view(b, rows, columns, c))
     return out[:, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
 
 

@@ -103,8 +103,10 @@ def test_no_hidden_copies(tails, name):
     model, image = _model(ARCHS[name]), torch.randn(1, 3, 128, 128)  # smaller ones miss oneDNN's convolution
     with torch.no_grad():
         model(image)
-        with profile(activities=[ProfilerActivity.CPU]) as record:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
             model(image)
-    events = [event for event in record.events() if event.name == "aten::copy_"]
+    # PyTorch's convolution brings its small weights into the order of the map; only copies of maps count.
+    weights = [list(p.shape) for p in model.parameters() if p.ndim == 4]
+    events = [e for e in record.events() if e.name == "aten::copy_" and e.input_shapes[0] not in weights]
     assert len(tails) == 4
     assert len(events) <= ALLOWED_COPIES[name], [event.cpu_parent and event.cpu_parent.name for event in events]

@@ -166,30 +166,31 @@ def test_convolution_equals_pytorch(calls, conv, batch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_convolution_weight_keeps_its_memory_layout(tmp_path):
-    """Loading, casting, copying, saving, the optimizer's state and the gradient; the values are layout-free."""
-    layer = ChannelsLastConv2d(96, 8, 3, 2, 1)
-    is_last = lambda t: t.is_contiguous(memory_format=torch.channels_last)  # noqa: E731
-    source = nn.Conv2d(96, 8, 3, 2, 1)
-    layer.load_state_dict(source.state_dict(), strict=True)
-    assert torch.equal(layer.weight, source.weight)
-    source.load_state_dict(layer.state_dict(), strict=True)
-    assert source.weight.is_contiguous()
-    torch.save(layer.state_dict(), tmp_path / "w.pth")
-    assert torch.equal(torch.load(tmp_path / "w.pth")["weight"], layer.weight)
-    layer(torch.randn(1, 14, 14, 96)).sum().backward()
-    optimizer = torch.optim.AdamW(layer.parameters())
-    optimizer.step()
-    tensors = [layer.weight, layer.weight.grad, optimizer.state[layer.weight]["exp_avg"]]
-    tensors += [
-        copy.deepcopy(layer).weight,
-        copy.deepcopy(layer).bfloat16().weight,
-        copy.deepcopy(layer).double().weight,
-    ]
-    assert all(is_last(t) for t in tensors)
-    plain = copy.deepcopy(layer).to(memory_format=torch.contiguous_format)
-    x = torch.randn(1, 14, 14, 96)
-    torch.testing.assert_close(plain(x), layer(x), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("side", [14, 62], ids=["few pixels", "many pixels"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_weight_and_gradients_are_contiguous(side, groups):
+    """As sharding (FSDP), flattening (LBFGS), safetensors and fused optimizers want them."""
+    layer = ChannelsLastConv2d(96, 192, 3, 2, 1, groups=groups)
+    layer(torch.randn(1, side, side, 96, requires_grad=True)).square().sum().backward()
+    for t in (layer.weight, layer.weight.grad, layer.bias.grad):
+        assert t.is_contiguous()
+    flat = nn.utils.parameters_to_vector(layer.parameters())
+    nn.utils.vector_to_parameters(2 * flat, layer.parameters())
+    assert torch.equal(nn.utils.parameters_to_vector(layer.parameters()), 2 * flat)
+
+
+def test_convolution_takes_any_memory_layout_of_the_weight(calls):
+    """Users may convert a model by ``to(memory_format=torch.channels_last)``."""
+    for side in (14, 62):
+        plain, x = ChannelsLastConv2d(96, 192, 3, 2, 1), torch.randn(1, side, side, 96, requires_grad=True)
+        other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+        results = []
+        for layer in (plain, other):
+            out = layer(x)
+            results.append([out, *torch.autograd.grad(out.square().mean(), (x, layer.weight))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert bool(calls) is onednn._EXISTS
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 5, 64), (3, 4, 64)], ids=str)
