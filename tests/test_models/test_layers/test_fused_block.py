@@ -87,18 +87,14 @@ def test_stochastic_depth_is_not_fused_away(tails):
     assert len(tails) == onednn._EXISTS  # the rate of the first block is 0
 
 
-# What a forward pass without gradients may copy, per arch with two stages.
-ALLOWED_COPIES = {
-    # the image to channels last (1); each output to channels first, which is what the interface promises (2)
-    "v2": 3,
-    # and per block the half that PyTorch's depthwise convolution wants dense
-    "gated": 5,
-}
+# What a forward pass without gradients of two stages may copy: the image to channels last (1), and each output to
+# channels first, which is what the interface promises (2). The compiled depthwise convolution reads its half in place.
+ALLOWED_COPIES = 3
 
 
 @requires_extension()
 @pytest.mark.ext  # the scan in plain PyTorch copies on its own account
-@pytest.mark.parametrize("name", ALLOWED_COPIES)
+@pytest.mark.parametrize("name", ["v2", "gated"])
 def test_no_hidden_copies(tails, name):
     model, image = _model(ARCHS[name]), torch.randn(1, 3, 128, 128)  # smaller ones miss oneDNN's convolution
     with torch.no_grad():
@@ -111,4 +107,4 @@ def test_no_hidden_copies(tails, name):
     events = [e for e in record.events() if e.name == "aten::copy_" and e.input_shapes[0] not in weights]
     events = [e for e in events if e.cpu_parent is None or e.cpu_parent.name != "aten::addmm"]
     assert len(tails) == 4 * onednn._EXISTS
-    assert len(events) <= ALLOWED_COPIES[name], [event.cpu_parent and event.cpu_parent.name for event in events]
+    assert len(events) <= ALLOWED_COPIES, [event.cpu_parent and event.cpu_parent.name for event in events]
