@@ -119,13 +119,14 @@ def _convolve(
     """
     rows, columns = _sides((x.shape[1], x.shape[2]), weight, stride, padding)
     windows = _swapped(_windows(x, (weight.shape[2], weight.shape[3]), stride, padding))
-    return multiply(windows, weight.flatten(1), bias).view(x.shape[0], rows, columns, weight.shape[0])
+    return multiply(windows, weight.flatten(1), bias).resize_(x.shape[0], rows, columns, weight.shape[0])
 
 
 class _WindowConv(torch.autograd.Function):
     """Strided convolution of a map (b, h, w, c) whose gradients are products of windows, twice differentiable.
 
-    The backward pass copies the windows again: kept, they would be more than twice the map.
+    The backward pass copies the windows again: kept, they would be more than twice the map. The result gets its shape
+    in place: a view would refuse the in-place operations of later layers.
     """
 
     @staticmethod
@@ -136,7 +137,7 @@ class _WindowConv(torch.autograd.Function):
         ctx.stride, ctx.padding = stride, padding
         if _few_pixels(_pixels((x.shape[0], x.shape[1], x.shape[2]), weight, stride, padding), weight[0].numel()):
             return _convolve(x, weight, bias, stride, padding)
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding).permute(0, 2, 3, 1)
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding).transpose_(1, 2).transpose_(2, 3)
 
     @staticmethod
     @without_autocast

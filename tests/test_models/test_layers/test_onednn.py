@@ -179,6 +179,19 @@ def test_convolution_weight_and_gradients_are_contiguous(side, groups):
     assert torch.equal(nn.utils.parameters_to_vector(layer.parameters()), 2 * flat)
 
 
+@pytest.mark.parametrize("side", [14, 62], ids=["few pixels", "many pixels"])
+def test_the_result_may_be_changed_in_place(calls, side):
+    for layer in ChannelsLastConv2d(96, 192, 3, 2, 1), Linear(96, 192), Mlp(96, 192):
+        x = torch.randn(1, side, side, 96, requires_grad=True)
+        results = []
+        for inplace in (False, True):
+            out = nn.Sequential(layer, nn.ReLU(inplace=inplace))(x)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert bool(calls) is onednn._EXISTS
+
+
 def test_convolution_takes_any_memory_layout_of_the_weight(calls):
     """Users may convert a model by ``to(memory_format=torch.channels_last)``."""
     for side in (14, 62):
