@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mmvmamba.models.layers.onednn import (
     is_traced,
@@ -133,8 +134,9 @@ class _WindowConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.sizes, ctx.stride, ctx.padding = (x.shape, weight.shape), stride, padding
         if _few_pixels(_pixels((x.shape[0], x.shape[1], x.shape[2]), weight, stride, padding), weight[0].numel()):
             return _convolve(x, weight, bias, stride, padding)
         return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding).transpose_(1, 2).transpose_(2, 3)
@@ -147,22 +149,29 @@ class _WindowConv(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         if not serves_gradient(grad):
             return *_plain_gradients(ctx, grad, x, weight), None, None
-        rows = grad.reshape(-1, weight.shape[0])
+        size, shape = ctx.sizes
+        rows = grad.reshape(-1, shape[0])
         grad_x = grad_weight = None
         if of_weight:
-            windows = _windows(x, (weight.shape[2], weight.shape[3]), ctx.stride, ctx.padding)
-            grad_weight = _weight_gradient(rows, windows, weight)
+            grad_weight = _weight_gradient(rows, _windows(x, shape[2:], ctx.stride, ctx.padding), shape)
         if of_x:
-            grad_x = _input_gradient(_windows_gradient(rows, weight), grad, x, weight, ctx.stride, ctx.padding)
+            of_windows = _windows_gradient(rows, weight).view(*grad.shape[:3], *shape[2:], -1)
+            grad_x = _input_gradient(of_windows, size, ctx.stride, ctx.padding)
         return grad_x, grad_weight, rows.sum(0) if of_bias else None, None, None
 
 
-def _weight_gradient(rows: Tensor, windows: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient (c', c, kh, kw), contiguous, from that of the output (m, c') and windows (m, kh * kw, c)."""
-    if len(rows) <= len(weight):
-        return weight_gradient(rows, _swapped(windows)).view(weight.shape)
+def _weight_gradient(rows: Tensor, windows: Tensor, shape: torch.Size) -> Tensor:
+    """Return the gradient of ``shape`` (c', c, kh, kw), contiguous, from that of the output and the windows.
+
+    Args:
+        rows: (m, c').
+        windows: (m, kh * kw, c).
+        shape: That of the weight.
+    """
+    if len(rows) <= shape[0]:
+        return weight_gradient(rows, _swapped(windows)).view(shape)
     # More windows than the weight has: what is put in the order of the weight is the result.
-    return _swapped(weight_gradient(rows, windows.flatten(1)).view(-1, *windows.shape[1:])).view(weight.shape)
+    return _swapped(weight_gradient(rows, windows.flatten(1)).view(-1, *windows.shape[1:])).view(shape)
 
 
 def _windows_gradient(rows: Tensor, weight: Tensor) -> Tensor:
@@ -174,25 +183,27 @@ def _windows_gradient(rows: Tensor, weight: Tensor) -> Tensor:
     return multiply(rows, _swapped(weight.flatten(2)).t()).view(m, -1, c)
 
 
-def _input_gradient(
-    of_windows: Tensor, grad: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
-) -> Tensor:
-    """Add the gradients of all windows (b * h' * w', kh * kw, c) at the pixels they came from; (b, h, w, c)."""
-    (b, rows, columns, _), (_, h, w, c) = grad.shape, x.shape
-    kh, kw = weight.shape[2:]
-    out = x.new_zeros(b, h + 2 * padding[0], w + 2 * padding[1], c)
+def _input_gradient(of_windows: Tensor, size: torch.Size, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """Add the gradients of all windows (b, h', w', kh, kw, c) at the pixels of a map of ``size`` (b, h, w, c)."""
+    (b, h, w, c), (_, rows, columns, kh, kw, _) = size, of_windows.shape
+    out = of_windows.new_zeros(b, h + 2 * padding[0], w + 2 * padding[1], c)
     for i in range(kh):
         for j in range(kw):
             at = out[:, i : i + rows * stride[0] : stride[0], j : j + columns * stride[1] : stride[1]]
-            at.add_(of_windows[:, i * kw + j].view(b, rows, columns, c))
+            at.add_(of_windows[:, :, :, i, j])
     return out[:, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
 
 
-def _plain_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """The same three gradients by PyTorch's operator, which can be differentiated again."""
-    of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-    maps = (grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2))
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        *maps, weight, [weight.shape[0]], ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, [of_x, of_weight, of_bias]
-    )
-    return grad_x if grad_x is None else grad_x.permute(0, 2, 3, 1), grad_weight, grad_bias
+def _plain_gradients(
+    ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same three gradients by PyTorch's operators, which can be differentiated again."""
+    of_bias = ctx.needs_input_grad[2]
+    (b, h, w, c), shape = ctx.sizes
+    of_out, how = grad.permute(0, 3, 1, 2), (ctx.stride, ctx.padding)
+    grad_x = grad_weight = None
+    if weight is not None:
+        grad_x = conv2d_input((b, c, h, w), weight, of_out, *how).permute(0, 2, 3, 1)
+    if x is not None:
+        grad_weight = conv2d_weight(x.permute(0, 3, 1, 2), shape, of_out, *how)
+    return grad_x, grad_weight, grad.sum((0, 1, 2)) if of_bias else None

@@ -197,11 +197,15 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` of rows with gradients by oneDNN, twice differentiable."""
+    """`linear` of rows with gradients by oneDNN, twice differentiable.
+
+    Kept is what the wanted gradients need, no more: fine-tuning with frozen weights lives on the difference.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return multiply(x, weight, bias)
 
     @staticmethod

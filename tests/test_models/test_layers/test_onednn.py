@@ -192,6 +192,62 @@ def test_the_result_may_be_changed_in_place(calls, side):
     assert bool(calls) is onednn._EXISTS
 
 
+# Layer, shape of a map, and per input whose gradient is wanted alone, the inputs and inner maps that it takes.
+KEPT = {
+    "linear": (lambda: Linear(96, 192), (900, 96), {"x": {"weight"}, "weight": {"x"}, "bias": set()}),
+    "perceptron": (
+        lambda: Mlp(96, 192),
+        (900, 96),
+        {
+            "x": {"fc1.weight", "fc2.weight", "inner"},
+            "fc1.weight": {"x", "fc2.weight", "inner"},
+            "fc1.bias": {"fc2.weight", "inner"},
+            "fc2.weight": {"inner"},
+            "fc2.bias": set(),
+        },
+    ),
+    "few pixels": (
+        lambda: ChannelsLastConv2d(96, 192, 3, 2, 1),
+        (1, 14, 14, 96),
+        {"x": {"weight"}, "weight": {"x"}, "bias": set()},
+    ),
+    "many pixels": (
+        lambda: ChannelsLastConv2d(96, 192, 3, 2, 1),
+        (1, 62, 62, 96),
+        {"x": {"weight"}, "weight": {"x"}, "bias": set()},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "wanted"), [(name, wanted) for name in KEPT for wanted in KEPT[name][2]])
+def test_only_what_a_wanted_gradient_needs_is_kept(name, wanted):
+    """What is not kept costs no memory, and may be changed before the backward pass."""
+    build, shape, kept = KEPT[name]
+    layer, x = build().requires_grad_(False), torch.randn(shape)
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    names = {tensor.data_ptr(): key for key, tensor in inputs.items()}
+    inputs[wanted].requires_grad_()
+    seen, gradients = set(), []
+    for change in (False, onednn._EXISTS):  # what PyTorch's own functions keep is not ours
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: seen.add(names.get(t.data_ptr(), "inner")) or t, lambda t: t
+        ):
+            out = layer(x)
+        (second,) = torch.autograd.grad(out.square().sum(), inputs[wanted], create_graph=True, retain_graph=True)
+        assert second.requires_grad
+        if change:
+            cotangent = 2 * out.detach()
+            with torch.no_grad():
+                for key, tensor in inputs.items():
+                    if key not in kept[wanted]:
+                        tensor.zero_()
+            gradients += torch.autograd.grad(out, inputs[wanted], cotangent)
+        else:
+            gradients += torch.autograd.grad(out.square().sum(), inputs[wanted])
+    assert seen == kept[wanted] or not onednn._EXISTS
+    torch.testing.assert_close(*gradients)
+
+
 def test_convolution_takes_any_memory_layout_of_the_weight(calls):
     """Users may convert a model by ``to(memory_format=torch.channels_last)``."""
     for side in (14, 62):
@@ -297,6 +353,13 @@ def test_batched_gradients():
         for cotangent, found in zip(batch, many, strict=True):
             (one,) = torch.autograd.grad(out, x, cotangent, retain_graph=True)
             torch.testing.assert_close(found, one, **CLOSE)
+    conv, image = ChannelsLastConv2d(96, 8, 3, 2, 1), torch.randn(1, 14, 14, 96, requires_grad=True)
+    out = conv(image)
+    cotangents = torch.randn(3, *out.shape)
+    many = torch.autograd.grad(out, (image, conv.weight), cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        for found, one in zip(many, torch.autograd.grad(out, (image, conv.weight), cotangent, True), strict=True):
+            torch.testing.assert_close(found[i], one, **CLOSE)
 
 
 def test_backward_under_autocast_stays_float32():
