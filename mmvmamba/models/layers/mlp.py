@@ -75,7 +75,7 @@ class Mlp(nn.Module):
             and type(self.act) is nn.GELU
             and self.act.approximate == "none"
             and (self.drop.p == 0.0 or not self.drop.training)
-            and x.shape[-1] == self.fc1.in_features
+            and x.shape[-1] == self.fc1.in_features == self.fc2.out_features
             and x.numel() * self.fc1.out_features >= _MIN_WORK
             and is_unobserved(self.fc1, self.act, self.fc2, self.drop)
         )

@@ -394,6 +394,14 @@ def test_a_replaced_forward_inside_a_perceptron_still_runs():
             torch.testing.assert_close(mlp(x), mlp.fc2.bias.expand(400, 64))
 
 
+def test_a_perceptron_with_another_last_map_gives_its_channels():
+    mlp, x = Mlp(64, 128), torch.randn(2, 200, 64)
+    mlp.fc2 = Linear(128, 32)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(mlp(x), mlp.fc2(mlp.act(mlp.fc1(x))), **CLOSE)
+
+
 def test_dropout_in_a_perceptron_is_not_fused_away():
     mlp, x = Mlp(64, 128, dropout=0.5), torch.randn(400, 64)
     assert float((mlp.train()(x) == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
