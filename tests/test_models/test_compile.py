@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmvmamba.models import VMamba
+from mmvmamba.models.layers import ChannelsLastConv2d, Linear, Mlp
 
 SMALL = dict(dims=[8, 16], depths=[1, 1])
 ARCHS = {
@@ -43,3 +44,45 @@ def test_export(name):
     program = torch.export.export(model, (image,))
     for out, want in zip(program.module()(image), model(image), strict=True):
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+
+
+DYNAMIC = {
+    # Sizes on either side of those from which on eager mode takes oneDNN.
+    "linear": (lambda: Linear(64, 128), (64,), (2, 5, 4000)),
+    "mlp": (lambda: Mlp(64, 128), (64,), (2, 5, 4000)),
+    "convolution": (lambda: ChannelsLastConv2d(96, 8, 3, 2, 1), (14, 14, 96), (2, 1, 40)),
+    "backbone": (lambda: VMamba("nano"), (3, 64, 64), (2, 1, 9)),
+}
+
+
+def _check_sizes(traced, layer, shape, sizes):
+    for size in sizes:
+        x = torch.randn(size, *shape)
+        found, expected = traced(x), layer(x)
+        found, expected = (out if isinstance(out, tuple) else (out,) for out in (found, expected))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_export_with_a_dynamic_batch(name):
+    build, shape, sizes = DYNAMIC[name]
+    layer = build().eval()
+    batch = torch.export.Dim("b", min=1, max=2048 if len(shape) > 1 else 2**20)
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(2, *shape),), dynamic_shapes=({0: batch},))
+        _check_sizes(program.module(), layer, shape, sizes)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["linear", "mlp", "convolution"])
+def test_one_compilation_serves_all_sizes(name, training):
+    build, shape, sizes = DYNAMIC[name]
+    torch._dynamo.reset()
+    layer, graphs = build().train(training), []
+    compiled = torch.compile(
+        layer, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    with torch.set_grad_enabled(training):
+        _check_sizes(compiled, layer, shape, [size for size in sizes if size > 1])  # 1 is special to PyTorch
+    assert len(graphs) == 1

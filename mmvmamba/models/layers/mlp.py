@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import (
     inference_dtype,
+    is_traced,
     matmul,
     multiply,
     serves_float32,
@@ -59,7 +61,7 @@ class Mlp(nn.Module):
             parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             if torch.is_grad_enabled():
                 if serves_float32(x, *parameters):
-                    return _GeluMlp.apply(x.reshape(-1, x.shape[-1]), *parameters).view(x.shape)
+                    return _GeluMlp.apply(x.reshape(-1, x.shape[-1]), *parameters)[0].view(x.shape)
             elif (dtype := inference_dtype(x, *parameters)) is not None:
                 return self._in_chunks(x.reshape(-1, x.shape[-1]), dtype).view(x.shape)
         x = self.drop(self.act(self.fc1(x)))
@@ -68,11 +70,12 @@ class Mlp(nn.Module):
     def can_fuse(self, x: Tensor) -> bool:
         """Return whether two products with a GELU between are all there is, and worth it for ``x`` (..., c)."""
         return (
-            type(self.fc1) is type(self.fc2) is Linear
+            not is_traced()
+            and type(self.fc1) is type(self.fc2) is Linear
             and type(self.act) is nn.GELU
             and self.act.approximate == "none"
             and (self.drop.p == 0.0 or not self.drop.training)
-            and x.shape[-1] == self.fc1.in_features
+            and x.shape[-1] == self.fc1.in_features == self.fc2.out_features
             and x.numel() * self.fc1.out_features >= _MIN_WORK
             and is_unobserved(self.fc1, self.act, self.fc2, self.drop)
         )
@@ -94,34 +97,43 @@ class Mlp(nn.Module):
 
 
 class _GeluMlp(torch.autograd.Function):
-    """Linear, GELU, linear of rows (m, c) that keeps the hidden values before the GELU only, twice differentiable."""
+    """Linear, GELU, linear of rows (m, c), twice differentiable.
+
+    Of the hidden values only those before the GELU are kept, and of the inputs what the wanted gradients need. The
+    former are a second output, so that second derivatives find their way through them; no caller uses it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         hidden = multiply(x, w1, b1)
-        ctx.save_for_backward(x, w1, b1, w2, hidden)
+        of_x, of_w1, of_b1, of_w2, _ = ctx.needs_input_grad
+        inner = of_x or of_w1 or of_b1
+        ctx.save_for_backward(
+            x if of_w1 else None, w1 if of_x else None, w2 if inner else None, hidden if inner or of_w2 else None
+        )
+        ctx.set_materialize_grads(False)
         size = chunk_rows(w1.shape[0])
         if x.shape[0] <= size:
-            return multiply(F.gelu(hidden), w2, b2)
+            return multiply(F.gelu(hidden), w2, b2), hidden
         out = x.new_empty(x.shape[0], w2.shape[0])
         for rows, into in zip(hidden.split(size), out.split(size), strict=True):
             into.copy_(multiply(F.gelu(rows), w2, b2))
-        return out
+        return out, hidden
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, w1, b1, w2, hidden = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, grad_hidden = grads
+        x, w1, w2, hidden = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if not serves_gradient(grad):
-            return _plain_gradients(grad, (x, w1, b1, w2), needed)
-        grad_x = torch.empty_like(x) if needed[0] else None
-        of_w1 = of_b1 = of_w2 = None
-        size = chunk_rows(w1.shape[0])
-        for start in range(0, x.shape[0], size):
-            rows = slice(start, start + size)
-            g, h = grad[rows], hidden[rows]
+        if grad is None or grad_hidden is not None or not serves_gradient(grad):
+            return _plain_gradients(grad, grad_hidden, (x, w1, w2, hidden), needed)
+        grad_x = of_w1 = of_b1 = of_w2 = None
+        if needed[0]:
+            grad_x = grad.new_empty(grad.shape[0], w1.shape[1])
+        for g, h, rows in _chunks(grad, hidden) if any(needed[:4]) else ():
             if needed[3]:
                 of_w2 = _accumulate(of_w2, weight_gradient(g, F.gelu(h)))
             if not any(needed[:3]):
@@ -137,23 +149,36 @@ class _GeluMlp(torch.autograd.Function):
         return grad_x, of_w1, of_b1, of_w2, grad.sum(0) if needed[4] else None
 
 
+def _chunks(grad: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Yield the rows of both (m, c) and (m, hidden), and which they are, a chunk at a time."""
+    size = chunk_rows(hidden.shape[1])
+    for start in range(0, grad.shape[0], size):
+        rows = slice(start, start + size)
+        yield grad[rows], hidden[rows], rows
+
+
 def _accumulate(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total.add_(term)
 
 
 def _plain_gradients(
-    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], needed: tuple[bool, ...]
+    grad: Tensor | None, grad_hidden: Tensor | None, kept: tuple[Tensor, ...], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by PyTorch's operators, from the inputs alone, so that they can be differentiated again."""
-    x, w1, b1, w2 = inputs
-    hidden = F.linear(x, w1, b1)
-    of_h = torch.ops.aten.gelu_backward(grad @ w2, hidden)
+    """The gradients by PyTorch's operators, which can be differentiated again.
+
+    Either output's gradient may be None for zero. ``kept`` are x, w1, w2 and the hidden values, None where not needed.
+    """
+    x, w1, w2, hidden = kept
+    of_h = grad_hidden
+    if grad is not None and any(needed[:3]):
+        through_gelu = torch.ops.aten.gelu_backward(grad @ w2, hidden)
+        of_h = through_gelu if of_h is None else of_h + through_gelu
     return (
-        of_h @ w1 if needed[0] else None,
-        of_h.t() @ x if needed[1] else None,
-        of_h.sum(0) if needed[2] else None,
-        grad.t() @ F.gelu(hidden) if needed[3] else None,
-        grad.sum(0) if needed[4] else None,
+        of_h @ w1 if needed[0] and of_h is not None else None,
+        of_h.t() @ x if needed[1] and of_h is not None else None,
+        of_h.sum(0) if needed[2] and of_h is not None else None,
+        grad.t() @ F.gelu(hidden) if needed[3] and grad is not None else None,
+        grad.sum(0) if needed[4] and grad is not None else None,
     )
 
 

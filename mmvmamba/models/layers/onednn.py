@@ -62,13 +62,21 @@ def use_onednn_linear(enabled: bool) -> Iterator[None]:
         _enabled = before
 
 
+def is_traced() -> bool:
+    """Return whether a compilation, an export or ``torch.jit.trace`` is recording the calls made now.
+
+    To be asked before any comparison of sizes, which a trace would take over as a condition on its inputs: an export
+    with a dynamic batch refuses those, and a compiled model compiles again for every side of them.
+    """
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def is_plain_eager() -> bool:
     """Return whether operators called now run at once and as they are, on a CPU with the oneDNN operator."""
     return (
-        _EXISTS
+        not is_traced()
+        and _EXISTS
         and _enabled
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None  # torch.jit.trace
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -88,7 +96,7 @@ def all_dense(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
 
 def serves_float32(*tensors: Tensor | None) -> bool:
     """Return whether oneDNN can take float32 maps of these tensors now, with or without gradients."""
-    return all_dense(torch.float32, *tensors) and not torch.is_autocast_enabled("cpu") and is_plain_eager()
+    return is_plain_eager() and all_dense(torch.float32, *tensors) and not torch.is_autocast_enabled("cpu")
 
 
 def inference_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
@@ -124,7 +132,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: What ``F.linear`` raises for the same arguments.
     """
     if (
-        weight.ndim == 2
+        not is_traced()
+        and weight.ndim == 2
         and x.ndim > 0
         and x.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
@@ -188,11 +197,15 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` of rows with gradients by oneDNN, twice differentiable."""
+    """`linear` of rows with gradients by oneDNN, twice differentiable.
+
+    Kept is what the wanted gradients need, no more: fine-tuning with frozen weights lives on the difference.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return multiply(x, weight, bias)
 
     @staticmethod

@@ -40,6 +40,13 @@ def test_shapes_and_backward(backbone, size):
     assert not missing
 
 
+def test_parameters_are_contiguous(backbone):
+    """What FSDP, LBFGS and safetensors ask for."""
+    model = backbone("nano")
+    assert not [name for name, t in model.state_dict().items() if not t.is_contiguous()]
+    assert torch.nn.utils.parameters_to_vector(model.parameters()).ndim == 1
+
+
 @pytest.mark.parametrize("out_indices", [(0,), (3,), (1, 2), [0, 3]], ids=str)
 def test_out_indices_select(backbone, out_indices):
     every = backbone("nano").eval()

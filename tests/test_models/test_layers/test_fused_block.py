@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mmvmamba.models import VMamba
-from mmvmamba.models.layers import fused_block
+from mmvmamba.models.layers import fused_block, onednn
 from mmvmamba.models.layers.onednn import use_onednn_linear
 from mmvmamba.testing import requires_extension
 
@@ -20,7 +20,7 @@ ARCHS = {
 
 @pytest.fixture
 def tails(monkeypatch):
-    """The calls of the fused tail."""
+    """The calls of the fused tail; stays empty on a machine without the oneDNN operator."""
     seen = []
     original = fused_block.fused_tail
     record = lambda *args: seen.append(args) or original(*args)  # noqa: E731
@@ -39,12 +39,12 @@ def test_equals_the_modules(tails, name, chunk, monkeypatch):
     model, image = _model(ARCHS[name]), torch.randn(2, 3, 70, 81)
     with torch.no_grad():
         fused = model(image)
-        assert len(tails) == 2
+        assert len(tails) == 2 * onednn._EXISTS
         with use_onednn_linear(False):
             expected = model(image)
-    assert len(tails) == 2
+    assert len(tails) == 2 * onednn._EXISTS
     recorded = model(image)  # with gradients
-    assert len(tails) == 2
+    assert len(tails) == 2 * onednn._EXISTS
     for a, b, c in zip(fused, expected, recorded, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(c, b, rtol=1e-4, atol=1e-5)
@@ -65,7 +65,7 @@ def test_half_precision_keeps_type_and_values(tails, name):
             for a, b, want in zip(*results, exact, strict=True):
                 assert a.dtype == b.dtype
                 assert float((a.float() - want).abs().max() / want.abs().max()) < 0.05
-    assert len(tails) in (2, 6)  # the processor may have no bfloat16 products
+    assert len(tails) == 2 * onednn._EXISTS + 4 * onednn._HAS_BF16
 
 
 @pytest.mark.parametrize(
@@ -77,34 +77,34 @@ def test_hooks_still_run(tails, part):
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
     assert seen
-    assert len(tails) == 1  # that of the other block
+    assert len(tails) == onednn._EXISTS  # that of the other block
 
 
 def test_stochastic_depth_is_not_fused_away(tails):
     model = _model(drop_path_rate=0.3).train()
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
-    assert len(tails) == 1  # the rate of the first block is 0
+    assert len(tails) == onednn._EXISTS  # the rate of the first block is 0
 
 
-# What a forward pass without gradients may copy, per arch with two stages.
-ALLOWED_COPIES = {
-    # the image to channels last (1); each output to channels first, which is what the interface promises (2)
-    "v2": 3,
-    # and per block the half that PyTorch's depthwise convolution wants dense
-    "gated": 5,
-}
+# What a forward pass without gradients of two stages may copy: the image to channels last (1), and each output to
+# channels first, which is what the interface promises (2). The compiled depthwise convolution reads its half in place.
+ALLOWED_COPIES = 3
 
 
 @requires_extension()
 @pytest.mark.ext  # the scan in plain PyTorch copies on its own account
-@pytest.mark.parametrize("name", ALLOWED_COPIES)
+@pytest.mark.parametrize("name", ["v2", "gated"])
 def test_no_hidden_copies(tails, name):
     model, image = _model(ARCHS[name]), torch.randn(1, 3, 128, 128)  # smaller ones miss oneDNN's convolution
     with torch.no_grad():
         model(image)
-        with profile(activities=[ProfilerActivity.CPU]) as record:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
             model(image)
-    events = [event for event in record.events() if event.name == "aten::copy_"]
-    assert len(tails) == 4
-    assert len(events) <= ALLOWED_COPIES[name], [event.cpu_parent and event.cpu_parent.name for event in events]
+    # Only copies of maps count: PyTorch's convolution brings its small weights into the order of the map, and its
+    # linear map, where oneDNN's is missing, starts from the bias.
+    weights = [list(p.shape) for p in model.parameters() if p.ndim == 4]
+    events = [e for e in record.events() if e.name == "aten::copy_" and e.input_shapes[0] not in weights]
+    events = [e for e in events if e.cpu_parent is None or e.cpu_parent.name != "aten::addmm"]
+    assert len(tails) == 4 * onednn._EXISTS
+    assert len(events) <= ALLOWED_COPIES, [event.cpu_parent and event.cpu_parent.name for event in events]

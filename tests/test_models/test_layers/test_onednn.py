@@ -166,30 +166,100 @@ def test_convolution_equals_pytorch(calls, conv, batch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_convolution_weight_keeps_its_memory_layout(tmp_path):
-    """Loading, casting, copying, saving, the optimizer's state and the gradient; the values are layout-free."""
-    layer = ChannelsLastConv2d(96, 8, 3, 2, 1)
-    is_last = lambda t: t.is_contiguous(memory_format=torch.channels_last)  # noqa: E731
-    source = nn.Conv2d(96, 8, 3, 2, 1)
-    layer.load_state_dict(source.state_dict(), strict=True)
-    assert torch.equal(layer.weight, source.weight)
-    source.load_state_dict(layer.state_dict(), strict=True)
-    assert source.weight.is_contiguous()
-    torch.save(layer.state_dict(), tmp_path / "w.pth")
-    assert torch.equal(torch.load(tmp_path / "w.pth")["weight"], layer.weight)
-    layer(torch.randn(1, 14, 14, 96)).sum().backward()
-    optimizer = torch.optim.AdamW(layer.parameters())
-    optimizer.step()
-    tensors = [layer.weight, layer.weight.grad, optimizer.state[layer.weight]["exp_avg"]]
-    tensors += [
-        copy.deepcopy(layer).weight,
-        copy.deepcopy(layer).bfloat16().weight,
-        copy.deepcopy(layer).double().weight,
-    ]
-    assert all(is_last(t) for t in tensors)
-    plain = copy.deepcopy(layer).to(memory_format=torch.contiguous_format)
-    x = torch.randn(1, 14, 14, 96)
-    torch.testing.assert_close(plain(x), layer(x), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("side", [14, 62], ids=["few pixels", "many pixels"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_weight_and_gradients_are_contiguous(side, groups):
+    """As sharding (FSDP), flattening (LBFGS), safetensors and fused optimizers want them."""
+    layer = ChannelsLastConv2d(96, 192, 3, 2, 1, groups=groups)
+    layer(torch.randn(1, side, side, 96, requires_grad=True)).square().sum().backward()
+    for t in (layer.weight, layer.weight.grad, layer.bias.grad):
+        assert t.is_contiguous()
+    flat = nn.utils.parameters_to_vector(layer.parameters())
+    nn.utils.vector_to_parameters(2 * flat, layer.parameters())
+    assert torch.equal(nn.utils.parameters_to_vector(layer.parameters()), 2 * flat)
+
+
+@pytest.mark.parametrize("side", [14, 62], ids=["few pixels", "many pixels"])
+def test_the_result_may_be_changed_in_place(calls, side):
+    for layer in ChannelsLastConv2d(96, 192, 3, 2, 1), Linear(96, 192), Mlp(96, 192):
+        x = torch.randn(1, side, side, 96, requires_grad=True)
+        results = []
+        for inplace in (False, True):
+            out = nn.Sequential(layer, nn.ReLU(inplace=inplace))(x)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert bool(calls) is onednn._EXISTS
+
+
+# Layer, shape of a map, and per input whose gradient is wanted alone, the inputs and inner maps that it takes.
+KEPT = {
+    "linear": (lambda: Linear(96, 192), (900, 96), {"x": {"weight"}, "weight": {"x"}, "bias": set()}),
+    "perceptron": (
+        lambda: Mlp(96, 192),
+        (900, 96),
+        {
+            "x": {"fc1.weight", "fc2.weight", "inner"},
+            "fc1.weight": {"x", "fc2.weight", "inner"},
+            "fc1.bias": {"fc2.weight", "inner"},
+            "fc2.weight": {"inner"},
+            "fc2.bias": set(),
+        },
+    ),
+    "few pixels": (
+        lambda: ChannelsLastConv2d(96, 192, 3, 2, 1),
+        (1, 14, 14, 96),
+        {"x": {"weight"}, "weight": {"x"}, "bias": set()},
+    ),
+    "many pixels": (
+        lambda: ChannelsLastConv2d(96, 192, 3, 2, 1),
+        (1, 62, 62, 96),
+        {"x": {"weight"}, "weight": {"x"}, "bias": set()},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "wanted"), [(name, wanted) for name in KEPT for wanted in KEPT[name][2]])
+def test_only_what_a_wanted_gradient_needs_is_kept(name, wanted):
+    """What is not kept costs no memory, and may be changed before the backward pass."""
+    build, shape, kept = KEPT[name]
+    layer, x = build().requires_grad_(False), torch.randn(shape)
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    names = {tensor.data_ptr(): key for key, tensor in inputs.items()}
+    inputs[wanted].requires_grad_()
+    seen, gradients = set(), []
+    for change in (False, onednn._EXISTS):  # what PyTorch's own functions keep is not ours
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: seen.add(names.get(t.data_ptr(), "inner")) or t, lambda t: t
+        ):
+            out = layer(x)
+        (second,) = torch.autograd.grad(out.square().sum(), inputs[wanted], create_graph=True, retain_graph=True)
+        assert second.requires_grad
+        if change:
+            cotangent = 2 * out.detach()
+            with torch.no_grad():
+                for key, tensor in inputs.items():
+                    if key not in kept[wanted]:
+                        tensor.zero_()
+            gradients += torch.autograd.grad(out, inputs[wanted], cotangent)
+        else:
+            gradients += torch.autograd.grad(out.square().sum(), inputs[wanted])
+    assert seen == kept[wanted] or not onednn._EXISTS
+    torch.testing.assert_close(*gradients)
+
+
+def test_convolution_takes_any_memory_layout_of_the_weight(calls):
+    """Users may convert a model by ``to(memory_format=torch.channels_last)``."""
+    for side in (14, 62):
+        plain, x = ChannelsLastConv2d(96, 192, 3, 2, 1), torch.randn(1, side, side, 96, requires_grad=True)
+        other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+        results = []
+        for layer in (plain, other):
+            out = layer(x)
+            results.append([out, *torch.autograd.grad(out.square().mean(), (x, layer.weight))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert bool(calls) is onednn._EXISTS
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 5, 64), (3, 4, 64)], ids=str)
@@ -283,9 +353,17 @@ def test_batched_gradients():
         for cotangent, found in zip(batch, many, strict=True):
             (one,) = torch.autograd.grad(out, x, cotangent, retain_graph=True)
             torch.testing.assert_close(found, one, **CLOSE)
+    conv, image = ChannelsLastConv2d(96, 8, 3, 2, 1), torch.randn(1, 14, 14, 96, requires_grad=True)
+    out = conv(image)
+    cotangents = torch.randn(3, *out.shape)
+    many = torch.autograd.grad(out, (image, conv.weight), cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        for found, one in zip(many, torch.autograd.grad(out, (image, conv.weight), cotangent, True), strict=True):
+            torch.testing.assert_close(found[i], one, **CLOSE)
 
 
 def test_backward_under_autocast_stays_float32():
+    close = 1e-5 if onednn._EXISTS else 1e-2  # PyTorch's own backward pass of a linear map does not
     mlp, x = Mlp(64, 128), torch.randn(400, 64, requires_grad=True)
     conv, image = ChannelsLastConv2d(96, 8, 3, 2, 1), torch.randn(1, 14, 14, 96, requires_grad=True)
     linear = Linear(64, 80)
@@ -294,7 +372,7 @@ def test_backward_under_autocast_stays_float32():
         loss = layer(given).square().sum()
         with torch.autocast("cpu", torch.bfloat16):
             (found,) = torch.autograd.grad(loss, given)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=close, atol=close)
 
 
 def test_hooks_inside_a_perceptron_still_run():
@@ -314,6 +392,14 @@ def test_a_replaced_forward_inside_a_perceptron_still_runs():
     for training in (True, False):
         with torch.set_grad_enabled(training):
             torch.testing.assert_close(mlp(x), mlp.fc2.bias.expand(400, 64))
+
+
+def test_a_perceptron_with_another_last_map_gives_its_channels():
+    mlp, x = Mlp(64, 128), torch.randn(2, 200, 64)
+    mlp.fc2 = Linear(128, 32)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(mlp(x), mlp.fc2(mlp.act(mlp.fc1(x))), **CLOSE)
 
 
 def test_dropout_in_a_perceptron_is_not_fused_away():
