@@ -168,7 +168,7 @@ def warn_of_fallback(device_type: str) -> None:
     if not is_first_rank():
         return
     cost = (
-        "on a CPU the operator is 4 to 66 times slower than compiled (python -m benchmarks.ops, VMamba-T at 224x224)"
+        "on a CPU scan2d is 9 to 105 times slower than compiled (python -m benchmarks.ops, VMamba-T at 224x224)"
         if device_type == "cpu"
         else "it launches several small operations per position, so expect it to be slow"
     )
