@@ -48,7 +48,7 @@ struct Scratch {
 
   T *u_rows, *y_rows, *dy_rows, *du_rows;  // (kChunk, block)
   T* delta;                                // (kChunk, block); forward: in units of ln 2
-  T* slope;                                // (kChunk, block): derivative of softplus, then gradient of delta's input
+  T* slope;                                // (kChunk, block): derivative of softplus
   T *decay, *before;                       // (kChunk + 1, block): of one state; state before the step
   T* factor;                               // (kChunk, block): the second factor of the decay, see exp2_factors
   T* ddelta;                               // (kChunk, block)
