@@ -96,7 +96,7 @@ def test_limits_are_declared_with_a_reason() -> None:
     )
     assert "no such boundary" in everyone["upstream path"].why_not(Case("c", "c", 1, 7, 7, 96), SCAN, FORWARD)
     assert everyone["upstream path"].why_not(Case("c", "c", 1, 56, 56, 96), CORE, BACKWARD) is None
-    assert everyone["upstream path"].rounds(BACKWARD) == 1 and everyone["upstream path"].rounds(FORWARD) is None
+    assert everyone["upstream path"].rounds(BACKWARD) == 2 and everyone["upstream path"].rounds(FORWARD) is None
 
 
 def test_mambapy_takes_part_where_it_is_installed(monkeypatch) -> None:
