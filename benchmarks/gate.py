@@ -47,7 +47,7 @@ FILE = Path(__file__).with_name("gate.json")
 REPEATS = 4
 """Runs of ours and the GEMM for each round: they are short, and the quickest counts."""
 RECORD_ATTEMPTS = 2 * ATTEMPTS
-RECORD_NOISE = 2 * MOST_NOISE
+RECORD_NOISE = 3 * MOST_NOISE  # what a shared virtual machine reaches at its quietest
 
 Runs = Mapping[str, Callable[[], object]]
 
@@ -83,10 +83,10 @@ _SHAPES = (
 def _convolution(passes: str) -> GateCase:
     def build() -> Runs:
         torch.manual_seed(0)
-        tensors = [torch.randn(1, 56, 56, 96), torch.randn(96, 1, 3, 3), torch.randn(96)]
+        tensors = [torch.randn(1, 28, 28, 192), torch.randn(192, 1, 3, 3), torch.randn(192)]
         leaves = [tensor.requires_grad_(passes == BACKWARD) for tensor in tensors]
         x, weight, bias = leaves
-        grad_out = torch.randn(1, 56, 56, 96)
+        grad_out = torch.randn(1, 28, 28, 192)
 
         def run(backend: str) -> Callable[[], object]:
             def call() -> object:
@@ -100,7 +100,7 @@ def _convolution(passes: str) -> GateCase:
             assert_close("depthwise_conv2d", ours, reference.double(), 1e-5)
         return runs
 
-    return GateCase(f"depthwise_conv2d 56x56x96, {passes}", build)
+    return GateCase(f"depthwise_conv2d 28x28x192, {passes}", build)
 
 
 CASES: tuple[GateCase, ...] = (
