@@ -10,8 +10,11 @@ built from other sources (`mmvmamba.ops.extension`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from mmvmamba.errors import BackendError
 
 CHUNK = 32
 """Positions between two saved states; ``kChunk`` of ``csrc/cpu/kernels.h``."""
@@ -45,6 +48,18 @@ for _schema in SCHEMAS:
 def register_fallback(name: str, kernel: Callable[..., object]) -> None:
     """Make ``kernel`` the implementation of ``mmvmamba::<name>`` wherever no compiled kernel is attached."""
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Make differentiating ``mmvmamba::<name>_backward`` an error that says what can be differentiated instead."""
+
+    def refuse(_ctx: Any, *_grads: Any) -> None:
+        raise BackendError(
+            f"mmvmamba::{name} has no second derivative; pass backend='reference', which can be differentiated any "
+            "number of times"
+        )
+
+    torch.library.register_autograd(f"mmvmamba::{name}_backward", refuse)
 
 
 def chunk_count(length: int) -> int:

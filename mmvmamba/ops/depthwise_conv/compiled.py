@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvmamba.errors import BackendError
 from mmvmamba.ops.checks import LOW_PRECISION
 from mmvmamba.ops.depthwise_conv.reference import ACTIVATIONS, depthwise_conv2d_reference
-from mmvmamba.ops.library import register_fallback
+from mmvmamba.ops.library import refuse_second_derivative, register_fallback
 
 _Optional = Tensor | None
 
@@ -87,13 +86,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("mmvmamba::depthwise_conv2d", _backward, setup_context=_setup_context)
-
-
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise BackendError(
-        "mmvmamba::depthwise_conv2d has no second derivative; pass backend='reference', which can be differentiated "
-        "any number of times"
-    )
-
-
-torch.library.register_autograd("mmvmamba::depthwise_conv2d_backward", _no_double_backward)
+refuse_second_derivative("depthwise_conv2d")

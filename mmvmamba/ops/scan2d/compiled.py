@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvmamba.errors import BackendError, OpInputError
+from mmvmamba.errors import OpInputError
 from mmvmamba.ops.backends import warn_of_fallback
-from mmvmamba.ops.library import chunk_count, register_fallback
+from mmvmamba.ops.library import chunk_count, refuse_second_derivative, register_fallback
 from mmvmamba.ops.scan2d.orders import ScanOrder, order_to_permutation
 from mmvmamba.ops.scan2d.reference import scan2d_backward_reference, scan2d_reference
 
@@ -104,13 +104,4 @@ def _backward(ctx: Any, grad_out: Tensor, _grad_carries: Tensor) -> tuple[Any, .
 
 
 torch.library.register_autograd("mmvmamba::scan2d", _backward, setup_context=_setup_context)
-
-
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise BackendError(
-        "mmvmamba::scan2d has no second derivative; pass backend='reference', which can be differentiated any number "
-        "of times"
-    )
-
-
-torch.library.register_autograd("mmvmamba::scan2d_backward", _no_double_backward)
+refuse_second_derivative("scan2d")

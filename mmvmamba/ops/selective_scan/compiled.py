@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvmamba.errors import BackendError, OpInputError
+from mmvmamba.errors import OpInputError
 from mmvmamba.ops.backends import warn_of_fallback
-from mmvmamba.ops.library import chunk_count, register_fallback
+from mmvmamba.ops.library import chunk_count, refuse_second_derivative, register_fallback
 from mmvmamba.ops.selective_scan.reference import selective_scan_backward_reference, selective_scan_reference
 
 _Optional = Tensor | None
@@ -99,13 +99,4 @@ def _backward(ctx: Any, grad_out: _Optional, grad_last_state: _Optional, _grad_c
 
 
 torch.library.register_autograd("mmvmamba::selective_scan", _backward, setup_context=_setup_context)
-
-
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise BackendError(
-        "mmvmamba::selective_scan has no second derivative; pass backend='reference', which can be differentiated "
-        "any number of times"
-    )
-
-
-torch.library.register_autograd("mmvmamba::selective_scan_backward", _no_double_backward)
+refuse_second_derivative("selective_scan")
