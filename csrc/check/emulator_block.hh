@@ -398,11 +398,13 @@ class Block {
     for (int lane = 0; lane < warp.count; ++lane) {
       const Thread& other = warp.lanes[lane];
       if ((thread.mask >> lane & 1) == 0 || (other.op == thread.op && other.mask == thread.mask)) continue;
-      const bool waits = other.op != Op::kReturned;
-      fail(thread, "%s of %s:%d with mask 0x%08x, but lane %d of its warp %s%s%s:%d (mask 0x%08x)",
-           kOpNames[static_cast<int>(thread.op)], thread.site.file, thread.site.line, thread.mask, lane,
-           kOpNames[static_cast<int>(other.op)], waits ? " of " : ", last seen at ",
-           other.site.file != nullptr ? other.site.file : "its start", other.site.line, other.mask);
+      const char* what = kOpNames[static_cast<int>(thread.op)];
+      if (other.op == Op::kReturned)
+        fail(thread, "%s of %s:%d with mask 0x%08x, but lane %d of its warp has returned", what, thread.site.file,
+             thread.site.line, thread.mask, lane);
+      fail(thread, "%s of %s:%d with mask 0x%08x, but lane %d of its warp %s of %s:%d with mask 0x%08x", what,
+           thread.site.file, thread.site.line, thread.mask, lane, kOpNames[static_cast<int>(other.op)], other.site.file,
+           other.site.line, other.mask);
     }
     fail(thread, "waits for nobody: a mistake of the emulator");
   }
