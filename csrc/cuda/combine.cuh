@@ -41,41 +41,43 @@ __device__ __forceinline__ bool are_bounded(const float (&rates)[V]) {
 
 // The memory through which the warps of a block exchange effects. Two halves in turn: who writes a half again has met
 // a barrier that everyone passes only after reading it.
-template <int V, bool kFull>
+//
+// kTables: 2 in the backward, effects on the state and on the adjoint; the decay is that of both.
+template <int V, bool kFull, int kTables>
 struct Exchange {
   static constexpr int kWidth = kLanes * V;
   float* memory;
   int half = 0;
 
-  __device__ __forceinline__ float* slot(const Place<V, kFull>& place, int warp) const {
-    return memory + ((half * place.warps + warp) * kWidth + V * place.lane) * 2;
+  __device__ __forceinline__ float* slot(const Place<V, kFull>& place, int warp, int table = 0) const {
+    return memory + (((half * place.warps + warp) * kTables + table) * kWidth + V * place.lane) * 2;
   }
 
   // Publish the effect of this warp's slice; the others can be read after a barrier.
-  __device__ __forceinline__ void publish(const Place<V, kFull>& place, const float (&decay)[V],
-                                          const float (&end)[V]) {
+  __device__ __forceinline__ void publish(const Place<V, kFull>& place, const float (&decay)[V], const float (&end)[V],
+                                          int table = 0) {
     Packed<float, 2 * V> words;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       words.element[2 * v] = decay[v];
       words.element[2 * v + 1] = end[v];
     }
-    *reinterpret_cast<Packed<float, 2 * V>*>(slot(place, place.warp)) = words;
+    *reinterpret_cast<Packed<float, 2 * V>*>(slot(place, place.warp, table)) = words;
   }
 
   // From the state at the start of the turn to the one at the start of this warp's slice.
   __device__ __forceinline__ void forward(const Place<V, kFull>& place, float (&h)[V]) {
     const float* at = slot(place, 0);
 #pragma unroll 1
-    for (int warp = 0; warp < place.warp; ++warp, at += 2 * kWidth) apply(at, h);
+    for (int warp = 0; warp < place.warp; ++warp, at += 2 * kTables * kWidth) apply(at, h);
     half ^= 1;
   }
 
   // The same from the end of the turn to the end of this warp's slice.
   __device__ __forceinline__ void backward(const Place<V, kFull>& place, float (&h)[V]) {
-    const float* at = slot(place, place.warps - 1);
+    const float* at = slot(place, place.warps - 1, kTables - 1);
 #pragma unroll 1
-    for (int warp = place.warps - 1; warp > place.warp; --warp, at -= 2 * kWidth) apply(at, h);
+    for (int warp = place.warps - 1; warp > place.warp; --warp, at -= 2 * kTables * kWidth) apply(at, h);
     half ^= 1;
   }
 

@@ -53,6 +53,10 @@ bool set_bands(const Problem& problem, const Limits& limits, bool backward, int6
     for (int warps = warps_for(problem, plan.variant, backward); alone && warps >= fewest; warps /= 2) {
       const int bytes = shared_bytes(problem, plan.variant, warps, problem.by_visit ? 0 : problem.length + 1, backward);
       if (bytes > limits.shared_bytes) continue;
+      // A large map with few warps beside it leaves a multiprocessor idle.
+      if (warps < std::min(backward ? 4 : 8, warps_for(problem, plan.variant, backward)) &&
+          bytes > limits.shared_bytes / 4)
+        break;
       plan.warps = warps;
       plan.bands = 1;
       plan.band_length = problem.length;

@@ -70,7 +70,7 @@ __device__ __forceinline__ int divide(int x, const Divider& by) {
 
 // Where the arrays of a block lie in its shared memory, in floats.
 struct SharedLayout {
-  int bases, weights, rows, pixels, features, z, exchange, carry, dweights, row_sums, map, size;
+  int bases, rates, weights, rows, pixels, features, z, exchange, carry, dweights, row_sums, map, size;
   int weight_stride, feature_stride, z_stride, dweight_stride, rank_padded;
 
   __host__ __device__ __forceinline__ SharedLayout(int width, int warps, int rank, int states, bool projected,
@@ -87,6 +87,7 @@ struct SharedLayout {
       return here;
     };
     bases = take(4);
+    rates = take(width);
     weights = take(2 * rank_padded * weight_stride);  // rank_padded / 8 times 4 rows of 4 floats
     rows = take(4 * warps * kRows);
     pixels = take(warps * kRows);
@@ -209,13 +210,15 @@ struct Slice {
   float *rows, *features, *z;  // this warp's; of a row: offset, B, map, C (B and C of one state only)
   const float* weights;
   int64_t x, delta;  // addresses of this lane's channel at pixel 0
-  int64_t* bases;    // addresses kept in shared memory: of this block's slot of the projections, and of its gradient
-  uint32_t inside;   // bit i: row i is in the span
-  int start;         // position of row 0
+  // Addresses of this block's slot of the projections and of its gradient; in shared memory where registers are scarce.
+  int64_t* bases;
+  int64_t projections_base, gradients_base;
+  uint32_t inside;  // bit i: row i is in the span
+  int start;        // position of row 0
 
   __device__ __forceinline__ Slice(const ScanArgs& args_, const SharedLayout& layout_,
                                    const Place<V, kOneState>& place_, float* shared)
-      : args(args_), layout(layout_), place(place_), inside(0), start(0) {
+      : args(args_), layout(layout_), place(place_), projections_base(0), gradients_base(0), inside(0), start(0) {
     rows = shared + layout.rows + place.warp * 4 * kRows;
     pixels = reinterpret_cast<int*>(shared + layout.pixels) + place.warp * kRows;
     features = shared + layout.features + place.warp * kRows * layout.feature_stride;
@@ -269,9 +272,19 @@ struct Slice {
   __device__ __forceinline__ void start_route(int route) {
     const int slot = args.groups > 1 ? place.group : route;
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.slots + slot;
-    if (threadIdx.x == 0)
-      bases[0] = reinterpret_cast<int64_t>(static_cast<const T*>(args.projections) + at * args.features);
+    set_base(0, projections_base, hidden(static_cast<const T*>(args.projections) + at * args.features));
   }
+
+  static constexpr bool kBasesInRegisters = kRankTiles == 1;
+  __device__ __forceinline__ void set_base(int i, int64_t& here, int64_t address) const {
+    if constexpr (kBasesInRegisters)
+      here = address;
+    else if (threadIdx.x == 0)
+      bases[i] = address;
+  }
+  __device__ __forceinline__ void set_gradients(const float* target) { set_base(1, gradients_base, hidden(target)); }
+  __device__ __forceinline__ int64_t projections() const { return kBasesInRegisters ? projections_base : bases[0]; }
+  __device__ __forceinline__ int64_t gradients() const { return kBasesInRegisters ? gradients_base : bases[1]; }
 
   // Fetch positions and features of the slice that starts at `start_`, of `route`.
   __device__ __forceinline__ void fetch(const Span& span, int route, int start_) {
@@ -303,7 +316,7 @@ struct Slice {
   __device__ __forceinline__ void fetch_features(int row, int its_pixel, bool valid) {
     const int half = place.lane % 2, skip = layout.rank_padded - args.rank;
     const int64_t source =
-        multiply_add_wide(its_pixel, args.slots * args.features * static_cast<int>(sizeof(T)), bases[0]) +
+        multiply_add_wide(its_pixel, args.slots * args.features * static_cast<int>(sizeof(T)), projections()) +
         half * (kRankTiles == 1 ? 2 : 1) * static_cast<int>(sizeof(T));
     float* target = features + row * layout.feature_stride;
     if constexpr (kRankTiles == 1) {

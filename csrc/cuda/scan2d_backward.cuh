@@ -19,8 +19,8 @@ struct BackwardWalk {
   const Place<V, kOneState> place;
   const SharedLayout layout;
   Slice<T, V, kOneState, kRankTiles> slice;
-  Exchange<V, kOneState> states, adjoints;
-  float *map, *carry, *dweights, *row_sums;
+  Exchange<V, kOneState, 2> effects;
+  float *map, *carry, *dweights, *row_sums, *shared_rates;
   int64_t grad_out;  // address of this lane's channel at pixel 0
   float dA[V], dD[V], dbias[V];
   int carry_half = 0;
@@ -31,12 +31,12 @@ struct BackwardWalk {
         layout(kWidth, place.warps, args_.rank, args_.states, kProjected, args_.by_visit ? 0 : args_.band_length + 1, 4,
                true),
         slice(args_, layout, place, shared),
-        states{shared + layout.exchange},
-        adjoints{shared + layout.exchange + 4 * place.warps * kWidth},
+        effects{shared + layout.exchange},
         map(shared + layout.map),
         carry(shared + layout.carry),
         dweights(shared + layout.dweights),
-        row_sums(shared + layout.row_sums) {
+        row_sums(shared + layout.row_sums),
+        shared_rates(shared + layout.rates) {
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
     grad_out = hidden(args.grad_out + at);
     if (!args.by_visit)
@@ -58,21 +58,22 @@ struct BackwardWalk {
     float bias[V], rates[V];
     slice.load_bias(route, bias);
     slice.load_rates(route, 0, rates);
+    if (place.warp == 0) store_vector<V>(shared_rates + V * place.lane, rates);
 #pragma unroll
     for (int v = 0; v < V; ++v) dA[v] = dD[v] = dbias[v] = 0.0f;
     start(route);
     __syncthreads();
     if (kOneState && are_bounded(rates))
-      turns<kOneState>(span, route, rates, bias);
+      turns<kOneState>(span, route, bias);
     else
-      turns<false>(span, route, rates, bias);
+      turns<false>(span, route, bias);
     finish(route);
   }
 
   __device__ __forceinline__ int warps() const { return kOneState ? kMaxBackwardWarps : place.warps; }
 
   template <bool kBounded>
-  __device__ __forceinline__ void turns(const Span& span, int route, const float (&rates)[V], const float (&bias)[V]) {
+  __device__ __forceinline__ void turns(const Span& span, int route, const float (&bias)[V]) {
     const int turn = kRows * warps(), first = span.begin / kChunk * kChunk;
     const int last = first + (span.end - 1 - first) / turn * turn;
 #pragma unroll 1
@@ -80,12 +81,12 @@ struct BackwardWalk {
       slice.fetch(span, route, base + kRows * place.warp);
       if constexpr (kProjected) slice.project();
       if constexpr (kOneState)
-        one_state<kBounded>(route, rates, bias);
+        one_state<kBounded>(route, bias);
       else
         any_states(route, bias, base == last);
       carry_half ^= 1;
       if constexpr (kProjected) {
-        feature_gradients<T, V, kOneState, kRankTiles>(slice, slice.bases[1]);
+        feature_gradients<T, V, kOneState, kRankTiles>(slice, slice.gradients());
         __syncthreads();
         weight_gradients<T, V, kOneState, kRankTiles>(slice, dweights);
         __syncthreads();
@@ -113,7 +114,7 @@ struct BackwardWalk {
   __device__ __forceinline__ void set_features_target(int route) {
     const int rows = args.by_visit ? args.length : args.pixels, slot = args.groups > 1 ? place.group : route;
     const int64_t at = (static_cast<int64_t>(place.tile) * args.batch + place.batch) * rows * args.slots + slot;
-    if (threadIdx.x == 0) slice.bases[1] = reinterpret_cast<int64_t>(args.dprojections + at * args.features);
+    slice.set_gradients(args.dprojections + at * args.features);
   }
 
   // The state at the start of the slice, as far as it is in memory: of the slice before, where chunks are two slices.
@@ -127,22 +128,22 @@ struct BackwardWalk {
                                            float (&h)[V], float (&r)[V]) {
     float decay[V];
     effect.decays(decay);
-    states.publish(place, decay, effect.end);
-    adjoints.publish(place, decay, adjoint);
+    effects.publish(place, decay, effect.end, 0);
+    effects.publish(place, decay, adjoint, 1);
     __syncthreads();
-    if (slice.start % kChunk != 0) Exchange<V, kOneState>::apply(states.slot(place, place.warp - 1), h);
-    states.half ^= 1;
+    if (slice.start % kChunk != 0) effects.apply(effects.slot(place, place.warp - 1, 0), h);
     load_vector<V>(carried(carry_half, state), r);
-    adjoints.backward(place, r);
+    effects.backward(place, r);
   }
 
   template <bool kBounded>
-  __device__ __forceinline__ void one_state(int route, const float (&rates)[V], const float (&bias)[V]) {
-    float s[kRows][V], decay[kRows][V], dy[kRows][V], h[V], r[V], scaled[V];
+  __device__ __forceinline__ void one_state(int route, const float (&bias)[V]) {
+    float s[kRows][V], decay[kRows][V], dy[kRows][V], h[V], r[V], rates[V], scaled[V];
     Packed<T, V> x[kRows];
     SliceEffect<V> effect;
     float adjoint[V] = {};
     load_saved(route, 0, h);
+    load_vector<V>(shared_rates + V * place.lane, rates);  // kept there, not in registers
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {  // all in flight before the first is used
       x[row] = slice.load_x(row);
@@ -181,6 +182,8 @@ struct BackwardWalk {
       const float B = slice.B(row, 0), C = slice.C(row, 0);
       float* target = slice.map_row(map, row);
       float before[V], dx[V], dz[V];
+      // Read again where the registers do not suffice.
+      const Packed<T, V> its_x = kRankTiles == 1 ? x[row] : slice.load_x(row);
       load_vector<V>(scratch(row), before);
       load_vector<V>(target, dx);
       dB[row] = dC[row] = 0.0f;
@@ -188,7 +191,7 @@ struct BackwardWalk {
       for (int v = 0; v < V; ++v) {
         const float q = fmaf(C, dy[row][v], r[v]);
         r[v] = decay[row][v] * q;
-        const float drate = r[v] * before[v], qx = q * x[row][v];
+        const float drate = r[v] * before[v], qx = q * its_x[v];
         dA[v] = fmaf(drate, s[row][v], dA[v]);
         dB[row] = fmaf(qx, s[row][v], dB[row]);
         dC[row] = fmaf(dy[row][v], h[v], dC[row]);
@@ -243,7 +246,7 @@ struct BackwardWalk {
     const float sum = sum_rows(dB, dC, row_sums + place.warp * kRows * kRowSumStride, place.lane);
     const int row = place.lane / 2, is_C = place.lane % 2;
     if (slice.has(row))
-      store_feature(slice, slice.bases[1], row, args.rank + state + is_C * args.states, is_C ? sum : kLn2 * sum);
+      store_feature(slice, slice.gradients(), row, args.rank + state + is_C * args.states, is_C ? sum : kLn2 * sum);
   }
 
   __device__ __forceinline__ void any_states(int route, const float (&bias)[V], bool first_turn) {

@@ -14,7 +14,7 @@ struct ForwardWalk {
   const Place<V, kOneState> place;
   const SharedLayout layout;
   Slice<T, V, kOneState, kRankTiles> slice;
-  Exchange<V, kOneState> exchange;
+  Exchange<V, kOneState, 1> exchange;
   float *map, *carry;
   int carry_half = 0;
 
