@@ -111,8 +111,6 @@ def triton_problem(device_type: str) -> str | None:
     return answer
 
 
-# A trace calls this with constants and records the answer; it must not follow an import of Triton.
-@torch.compiler.assume_constant_result
 def _problem(name: str, device_type: str, index: int | None, double: bool) -> str | None:
     """Return why a backend cannot run on tensors of a device, or None."""
     if name == "reference":
@@ -124,6 +122,11 @@ def _problem(name: str, device_type: str, index: int | None, double: bool) -> st
         )
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     return why_not_compiled(device) if name == "compiled" else why_not_triton(device)
+
+
+# A trace calls this with constants and records the answer; it must not follow an import of Triton. This is what
+# torch.compiler.assume_constant_result sets, which would import the whole compiler with the operators.
+_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -287,9 +290,12 @@ def warn_of_fallback(device: torch.device, dtype: torch.dtype = torch.float32) -
         if on_cpu
         else "it launches several small operations per position, so expect it to be slow"
     )
-    problems = {name: why_not(name, device, dtype) for name in (("compiled",) if on_cpu else ("compiled", "triton"))}
+    asked = {name: why_not(name, device, dtype) for name in ("compiled", "triton")}
+    problems = {name: problem for name, problem in asked.items() if problem is not None}
+    if on_cpu and "compiled" in problems:
+        problems.pop("triton", None)  # not what anybody wants there
     if len(set(problems.values())) == 1:
-        reasons = str(problems["compiled"])
+        reasons = next(iter(problems.values()))
     else:
         reasons = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
     warnings.warn(
