@@ -90,7 +90,7 @@ def _visits(x: Shape, dt_weight: Shape, permutation: Shape | None) -> int:
 
 
 def _register() -> None:
-    formulas = {
+    formulas: dict[str, Any] = {
         "selective_scan": selective_scan_flops,
         "selective_scan_backward": selective_scan_backward_flops,
         "scan2d": scan2d_flops,
