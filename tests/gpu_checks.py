@@ -273,7 +273,7 @@ def losses_of_training(device: str, dtype: torch.dtype, steps: int) -> list[floa
 
 
 def losses_of_detector_training(device: str, dtype: torch.dtype, steps: int, config: str) -> list[float]:
-    """Train the digits Mask R-CNN on made-up pictures under mmengine's AMP wrapper (ours on a CPU); return the losses."""
+    """Train the digits Mask R-CNN on made-up pictures under mmengine's AMP wrapper, ours on a CPU."""
     from mmdet.registry import MODELS
     from mmdet.testing import demo_mm_inputs
     from mmdet.utils import register_all_modules
@@ -296,7 +296,7 @@ def losses_of_detector_training(device: str, dtype: torch.dtype, steps: int, con
     for _ in range(steps):
         data = demo_mm_inputs(2, image_shapes=[(3, 96, 128)] * 2, num_items=[3, 3], num_classes=10, with_mask=True)
         values = model.train_step(data, wrapper)
-        losses.append(float(values["loss"]))
+        losses.append(values["loss"].item())
     return losses
 
 

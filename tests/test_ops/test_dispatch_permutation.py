@@ -83,6 +83,16 @@ def test_a_tensor_of_inference_mode_is_read_once(reads: list[int]) -> None:
     assert len(reads) == 1
 
 
+def test_who_makes_a_permutation_may_say_its_range(reads: list[int]) -> None:
+    routes = torch.arange(6).as_subclass(OnGPU)
+    assert orders.remember_range(routes, 0, 5) is routes
+    assert orders.pixel_range(routes) == (0, 5)
+    assert reads == []
+    routes.add_(1)
+    assert orders.pixel_range(routes) == (1, 6)
+    assert len(reads) == 1
+
+
 def test_nothing_is_read_while_a_graph_is_captured(reads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert orders.pixel_range(torch.arange(4).as_subclass(OnGPU)) is None

@@ -44,7 +44,7 @@ def order_to_permutation(order: ScanOrder, h: int, w: int, device: torch.device 
 
 
 _ranges = WeakTensorKeyDictionary()
-"""What was read from permutations on a GPU: (version of the tensor, (lowest, highest))."""
+"""What is known of permutations on a GPU: (version of the tensor, (lowest, highest))."""
 
 
 def pixel_range(permutation: Tensor) -> tuple[int, int] | None:
@@ -72,6 +72,20 @@ def pixel_range(permutation: Tensor) -> tuple[int, int] | None:
         known = version, _read_range(permutation)
         _ranges[permutation] = known
     return known[1]
+
+
+def remember_range(permutation: Tensor, low: int, high: int) -> Tensor:
+    """Note the range of a permutation (k, l) that was just made, so that nobody waits for a GPU to read it.
+
+    Args:
+        permutation: Pixel indices; returned as they are.
+        low: Lowest index.
+        high: Highest index.
+    """
+    if not torch.compiler.is_compiling() and type(permutation) is Tensor and permutation.device.type != "cpu":
+        version = -1 if permutation.is_inference() else permutation._version
+        _ranges[permutation] = version, (low, high)
+    return permutation
 
 
 def _read_range(permutation: Tensor) -> tuple[int, int]:
