@@ -6,8 +6,8 @@ on; ``+PTX`` adds an intermediate form that the driver compiles for anything new
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
 
 # The names that PyTorch's build accepts in TORCH_CUDA_ARCH_LIST beside the numbers.
 GENERATIONS = {
@@ -28,7 +28,8 @@ GENERATIONS = {
 }
 
 
-def covers(archs: Iterable[str], capability: tuple[int, int]) -> bool:
+@functools.cache
+def covers(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Return whether a binary with code for ``archs`` runs on a GPU of a compute capability.
 
     Args:
