@@ -4,6 +4,7 @@
 |---|---|---|
 | ``MMVMAMBA_BACKEND`` | ``auto`` (default) or a backend name | backend of every operator call with ``backend=None`` |
 | ``ATEN_CPU_CAPABILITY`` | ``default``, ``avx2``, ``avx512`` | PyTorch's; limits our CPU kernels too |
+| ``TRITON_INTERPRET`` | ``1`` | Triton's; its interpreter runs the Triton kernels on the CPU, for tests |
 | ``RANK`` | set by torchrun | warnings that concern all processes alike come from rank 0 only |
 
 Variables read while building (``MMVMAMBA_WITH_CUDA`` and so on) belong to ``setup.py`` and are listed there.
@@ -23,6 +24,11 @@ def requested_backend() -> str | None:
 def cpu_capability_limit() -> str | None:
     """Return the highest instruction set that the user wants on the CPU, or None for the best there is."""
     return os.environ.get("ATEN_CPU_CAPABILITY")
+
+
+def triton_interpreted() -> bool:
+    """Return whether Triton's interpreter stands in for its compiler."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_first_rank() -> bool:

@@ -94,18 +94,36 @@ def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def refuse_forward_mode(op: str, backend: str) -> None:
-    """Raise the `BackendError` of a compiled operator asked for forward-mode derivatives."""
+    """Raise the `BackendError` of a dispatcher operator asked for forward-mode derivatives."""
     raise BackendError(
         f"{op}: backend {backend!r} was asked for by name and has no forward-mode derivative; leave the backend out or "
         "pass backend='reference'"
     )
 
 
-def check_out_dtype(op: str, out_dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
-    """Return the dtype of the output, or refuse one that is not floating point."""
+def check_out_dtype(op: str, out_dtype: torch.dtype | None, stream: Tensor) -> torch.dtype:
+    """Return the dtype of the output, or refuse one that is not floating point.
+
+    Args:
+        op: Name of the operator, for messages.
+        out_dtype: What the caller asked for, or None.
+        stream: The per-position tensor whose dtype is the default.
+    """
     if out_dtype is None:
-        return default
+        return _default_out_dtype(stream)
     if out_dtype not in OUT_DTYPES:
         fail(op, "out_dtype", f"is {out_dtype!r}", "None or one of " + ", ".join(map(str, OUT_DTYPES)),
              "Leave it out to get the dtype of the input.")  # fmt: skip
     return out_dtype
+
+
+def _default_out_dtype(stream: Tensor) -> torch.dtype:
+    """Return the output's dtype where the caller gave none.
+
+    Decided here, above the dispatcher, whose operators always name a dtype: so eager calls and traces agree.
+    """
+    if stream.device.type != "cuda" or stream.dtype == torch.float64 or not torch.is_autocast_enabled("cuda"):
+        return stream.dtype
+    low = torch.get_autocast_dtype("cuda")
+    # A sum over routes can be beyond float16, which bfloat16 cannot suffer.
+    return torch.float32 if low == torch.float16 else low

@@ -7,7 +7,6 @@ compared before the file is opened: a library that does not fit is reported, nev
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import platform
@@ -32,19 +31,26 @@ class Stamp:
     torch_min: str
     machine: str
     sources_sha256: str
+    cuda: str | None = None
+    """CUDA version the device kernels were built with; None for a build without them."""
+    cuda_archs: tuple[str, ...] = ()
+    """GPU generations in the binary, e.g. ``("8.0", "9.0+PTX")``."""
 
 
 def read_stamp(path: Path) -> Stamp:
-    """Read the stamp file written by ``setup.py``.
+    """Read the stamp file written by ``setup.py``; one without the fields on CUDA is of a build without it.
 
     Raises:
         ValueError: The file is not a stamp.
     """
     fields = json.loads(path.read_text())
-    wanted = [field.name for field in dataclasses.fields(Stamp)]
-    if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in wanted):
-        raise ValueError(f"expected the texts {', '.join(wanted)}, found {fields!r}")
-    return Stamp(**{name: fields[name] for name in wanted})
+    texts = ("version", "torch_min", "machine", "sources_sha256")
+    if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in texts):
+        raise ValueError(f"expected the texts {', '.join(texts)}, found {fields!r}")
+    cuda, archs = fields.get("cuda"), fields.get("cuda_archs", [])
+    if not isinstance(cuda, str | None) or not isinstance(archs, list) or not all(isinstance(a, str) for a in archs):
+        raise ValueError(f"expected a version or null in cuda and a list of texts in cuda_archs, found {fields!r}")
+    return Stamp(**{name: fields[name] for name in texts}, cuda=cuda, cuda_archs=tuple(archs))
 
 
 def sources_sha256(root: Path) -> str | None:
@@ -79,8 +85,8 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
-def _load() -> str | None:
-    """Load the library if it fits; return why not, or None when it is loaded."""
+def _load() -> Stamp | str:
+    """Load the library if it fits; return its stamp, or why it is not loaded."""
     # Beside this package, not wherever the import system finds the name: an editable install of another checkout
     # would answer for a copy that has none.
     package = Path(__file__).parents[1]
@@ -91,22 +97,28 @@ def _load() -> str | None:
     if not stamp_path.is_file():
         return f"the extension {library} has no stamp {STAMP_NAME} beside it: {REBUILD}"
     try:
-        problem = stamp_problem(read_stamp(stamp_path))
+        stamp = read_stamp(stamp_path)
     except (OSError, ValueError) as error:
         return f"the stamp of the extension cannot be read ({error}): {REBUILD}"
+    problem = stamp_problem(stamp)
     if problem is not None:
         return problem
     try:
         torch.ops.load_library(library)
     except OSError as error:
         return f"the extension {library} cannot be opened ({error}): {REBUILD}"
-    return None
+    return stamp
 
 
-EXTENSION_PROBLEM: str | None = _load()
+_loaded = _load()
+EXTENSION_PROBLEM: str | None = _loaded if isinstance(_loaded, str) else None
 """Why the compiled extension is not in use, or None."""
 HAS_EXTENSION: bool = EXTENSION_PROBLEM is None
 """Whether the compiled CPU kernels are registered."""
+CUDA_VERSION: str | None = None if isinstance(_loaded, str) else _loaded.cuda
+"""CUDA version of the device kernels in the library; None without them."""
+CUDA_ARCHS: tuple[str, ...] = () if isinstance(_loaded, str) else _loaded.cuda_archs
+"""GPU generations these were built for."""
 # Asked once: an operator that returns a text cannot be recorded by torch.jit.trace.
 CPU_CAPABILITY: str | None = torch.ops.mmvmamba.cpu_capability() if HAS_EXTENSION else None
 """Instruction set of the compiled CPU kernels: default, neon, avx2 or avx512; None without them."""

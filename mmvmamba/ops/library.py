@@ -1,4 +1,4 @@
-"""Schemas of all ``mmvmamba::`` operators.
+"""Schemas of all ``mmvmamba::`` operators, and what every scan operator is made of.
 
 They are declared in Python, so they exist without a build: kernels of ``csrc/`` attach themselves to these names
 when the library is loaded, and where none is attached the plain PyTorch kernel registered by
@@ -25,7 +25,7 @@ _SCAN_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D,
 _SCAN2D_INPUTS = "Tensor x, Tensor projections, Tensor dt_weight, Tensor? dt_bias, Tensor A, Tensor? D"
 _ROUTES = "int[] orders, Tensor? permutation"
 
-SCHEMAS = (
+SCAN_SCHEMAS = (
     f"selective_scan({_SCAN_INPUTS}, bool delta_softplus, ScalarType out_dtype, bool save_carries)"
     " -> (Tensor out, Tensor last_state, Tensor carries)",
     f"selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, {_SCAN_INPUTS}, bool delta_softplus,"
@@ -34,6 +34,24 @@ SCHEMAS = (
     " -> (Tensor out, Tensor carries)",
     f"scan2d_backward(Tensor grad_out, {_SCAN2D_INPUTS}, {_ROUTES}, bool delta_softplus, Tensor carries)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+TWINS = ("", "_triton")
+"""A scan has one operator for the kernels of ``csrc/`` and one for Triton's, alike in all but the name's end: a trace
+keeps the backend it was made with, and a forward is always followed by its own backward."""
+
+
+def twin(name: str, suffix: str) -> str:
+    """``("scan2d_backward", "_triton")`` -> ``"scan2d_triton_backward"``."""
+    stem = name.removesuffix("_backward")
+    return stem + suffix + name[len(stem) :]
+
+
+SCHEMAS = (
+    *(
+        twin(name, suffix) + "(" + signature
+        for suffix in TWINS
+        for name, signature in (schema.split("(", 1) for schema in SCAN_SCHEMAS)
+    ),
     "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
     "depthwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, int activation, bool need_x,"
     " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
@@ -48,6 +66,28 @@ for _schema in SCHEMAS:
 def register_fallback(name: str, kernel: Callable[..., object]) -> None:
     """Make ``kernel`` the implementation of ``mmvmamba::<name>`` wherever no compiled kernel is attached."""
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def register_autocast(
+    name: str, cast: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]], device_type: str = "cuda"
+) -> None:
+    """Make ``cast`` the autocast rule of ``mmvmamba::<name>`` on a device type.
+
+    Args:
+        name: Name of the operator.
+        cast: Takes the arguments and the dtype of autocast and returns the arguments to call the operator with.
+        device_type: ``"cuda"``; the operators cast nothing on a CPU.
+    """
+    operator = getattr(torch.ops.mmvmamba, name).default
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+
+    def kernel(*arguments: Any) -> Any:
+        # Below here autocast is done with, or this rule would be asked again.
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return operator(*cast(arguments, torch.get_autocast_dtype(device_type)))
+
+    _LIBRARY.impl(name, kernel, key.name)
+    operator.py_impl(key)(kernel)  # for torch.export, which dispatches in Python
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -380,16 +380,16 @@ def test_compile_agrees_with_eager(dynamic: bool) -> None:
 
 def test_the_plain_kernels_of_the_dispatcher() -> None:
     """What runs where nothing is compiled, with every choice of gradients."""
-    from mmvmamba.ops.depthwise_conv import compiled
+    from mmvmamba.ops.depthwise_conv import operator
 
     for seed in range(0, 40, 4):
         (x, weight, bias), activation, grad = sample(seed, torch.float64)
         code = ["none", "silu"].index(activation)
-        out = compiled._fallback_forward(x, weight, bias, code)
-        every = compiled._fallback_backward(grad, x, weight, bias, code, True, True, True)
+        out = operator._fallback_forward(x, weight, bias, code)
+        every = operator._fallback_backward(grad, x, weight, bias, code, True, True, True)
         check([x, weight, bias], out, [value for value in every if value.numel()], activation, grad)
         for needs in itertools.product((False, True), repeat=3):
-            some = compiled._fallback_backward(grad, x, weight, bias, code, *needs)
+            some = operator._fallback_backward(grad, x, weight, bias, code, *needs)
             for needed, found, want in zip(needs, some, every, strict=True):
                 assert torch.equal(found, want) if needed else found.numel() == 0
 

@@ -76,8 +76,8 @@ def test_hand_written_gradients_of_the_plain_kernels(make: Callable[[int], Sampl
 
 
 def _plain_backward(sample: Sample, leaves: dict, weights: torch.Tensor) -> list[torch.Tensor]:
-    from mmvmamba.ops.scan2d import compiled as scan2d_compiled
-    from mmvmamba.ops.selective_scan import compiled as selective_scan_compiled
+    from mmvmamba.ops.scan2d import operator as scan2d_operator
+    from mmvmamba.ops.selective_scan import operator as selective_scan_operator
 
     inputs = [None if value is None else value.detach() for value in leaves.values()]
     softplus = sample.options["delta_softplus"]
@@ -85,10 +85,10 @@ def _plain_backward(sample: Sample, leaves: dict, weights: torch.Tensor) -> list
     if sample.op.__name__ == "selective_scan":
         for at in (3, 4):
             inputs[at] = inputs[at] if inputs[at].dim() == 4 else inputs[at].unsqueeze(1)
-        grads = selective_scan_compiled._fallback_backward(weights, None, *inputs, softplus, nothing)
+        grads = selective_scan_operator._fallback_backward(weights, None, *inputs, softplus, nothing)
     else:
         orders = sample.options["orders"]
         named = not isinstance(orders, torch.Tensor)
         routes = ([int(order) for order in orders], None) if named else ([], orders)
-        grads = scan2d_compiled._fallback_backward(weights, *inputs, *routes, softplus, nothing)
+        grads = scan2d_operator._fallback_backward(weights, *inputs, *routes, softplus, nothing)
     return [grad for grad, value in zip(grads, inputs, strict=True) if value is not None]

@@ -37,6 +37,7 @@ from mmvmamba.models.layers.patch import Downsample, PatchEmbed
 from mmvmamba.models.layers.ss2d import OutNorm
 from mmvmamba.models.layers.ssm_init import SSMInit
 from mmvmamba.ops import BIDIRECTIONAL_SCAN, CROSS_SCAN, UNIDIRECTIONAL_SCAN, selective_scan
+from mmvmamba.ops.scan2d.orders import remember_range
 from mmvmamba.registry import MODELS
 
 Scan = Literal["cross", "unidirectional", "bidirectional", "rotated", "cascade"]
@@ -140,7 +141,8 @@ class RotatedSS2D(SS2D):
         """Return the pixel indices (4, l) of the rotated maps of ``x`` (b, h, w, d)."""
         _, h, w, _ = x.shape
         pixels = torch.arange(h * w, device=x.device).view(h, w)
-        return torch.stack([pixels.rot90(turns).flatten() for turns in range(4)])
+        routes = torch.stack([pixels.rot90(turns).flatten() for turns in range(4)])
+        return remember_range(routes, 0, h * w - 1)
 
 
 class CascadeSS2D(SS2D):

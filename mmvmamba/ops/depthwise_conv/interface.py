@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import mmvmamba.ops.depthwise_conv.compiled  # noqa: F401  registers the dispatcher operator
+import mmvmamba.ops.depthwise_conv.operator  # noqa: F401  registers the dispatcher operator
 from mmvmamba.errors import nearest_spelling
 from mmvmamba.ops import checks
 from mmvmamba.ops.backends import choose_backend
@@ -59,7 +59,7 @@ def depthwise_conv2d(
         advice = "Leave it out for none." + nearest_spelling(str(activation), ACTIVATIONS)
         checks.fail(_OP, "activation", f"is {activation!r}", " or ".join(map(repr, ACTIVATIONS)), advice)
     code = ACTIVATIONS.index(activation)
-    chosen = choose_backend(backend, x.device.type)
+    chosen = choose_backend(backend, x.device, cpu_only=True)
     tensors = _autocast(x, weight, bias)
     tangents = checks.carry_tangents(tensors)
     if tangents and chosen == ("compiled", True):

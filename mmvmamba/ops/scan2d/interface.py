@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mmvmamba.ops import checks
-from mmvmamba.ops.backends import choose_backend
-from mmvmamba.ops.scan2d.compiled import routes_as_permutation
-from mmvmamba.ops.scan2d.orders import CROSS_SCAN, ScanOrder
+from mmvmamba.ops.backends import choose_backend, operator_suffix, runs_reference
+from mmvmamba.ops.scan2d.operator import routes_as_permutation
+from mmvmamba.ops.scan2d.orders import CROSS_SCAN, ScanOrder, pixel_range
 from mmvmamba.ops.scan2d.reference import scan2d_reference
 
 _OP = "scan2d"
@@ -49,9 +49,10 @@ def scan2d(
         orders: The k routes, as `ScanOrder` values or as a permutation (k, l), int64, of pixel indices h * W + w.
             A permutation may visit only a part of the map; pixels no route visits are zero in the output.
         delta_softplus: Apply softplus to the step sizes.
-        out_dtype: dtype of the output; that of ``x`` if None. float32 keeps the precision of the sum under AMP.
-        backend: ``"compiled"``, ``"reference"``, or None for the best that can run. A backend asked for by name
-            never falls back. Only ``"reference"`` can be differentiated twice or in forward mode.
+        out_dtype: dtype of the output; that of ``x`` if None, and under CUDA autocast float32 for float16 and bfloat16
+            for bfloat16. float32 keeps the precision of the sum under AMP.
+        backend: ``"compiled"``, ``"triton"``, ``"reference"``, or None for the best that can run. A backend asked for
+            by name never falls back. Only ``"reference"`` can be differentiated twice or in forward mode.
 
     Returns:
         The merged map (b, h, w, d).
@@ -66,23 +67,24 @@ def scan2d(
     """
     accumulate = _check_tensors(x, projections, dt_weight, dt_bias, A, D)
     checks.check_flag(_OP, "delta_softplus", delta_softplus)
-    out_dtype = checks.check_out_dtype(_OP, out_dtype, x.dtype)
+    out_dtype = checks.check_out_dtype(_OP, out_dtype, x)
     codes, permutation = _check_orders(orders, x, A.shape[0])
-    chosen = choose_backend(backend, x.device.type)
+    chosen = choose_backend(backend, x.device, accumulate)
     tensors = (x, projections, dt_weight, dt_bias, A, D)
     tangents = checks.carry_tangents(tensors)
-    if tangents and chosen == ("compiled", True):
+    if tangents and chosen.pinned and chosen.name != "reference":
         checks.refuse_forward_mode(_OP, chosen.name)
-    # A trace with no compiled kernel records the operator (one node, PyTorch kernel), not an unrolled time loop.
-    if tangents or (chosen.name == "reference" and (chosen.pinned or not torch.compiler.is_compiling())):
+    if tangents or runs_reference(chosen):
         pixels = routes_as_permutation(x, codes, permutation)
         return scan2d_reference(*tensors, pixels, delta_softplus).to(out_dtype)
     save_carries = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out, _ = torch.ops.mmvmamba.scan2d(
+    operator = getattr(torch.ops.mmvmamba, _OP + operator_suffix(chosen, x.device))
+    out, _ = operator(
         x, projections, dt_weight.to(accumulate), *tensors[3:], codes, permutation, delta_softplus, out_dtype,
         save_carries,
     )  # fmt: skip
-    return out
+    merged: Tensor = out
+    return merged
 
 
 def _check_tensors(
@@ -148,13 +150,9 @@ def _check_permutation(permutation: Tensor, x: Tensor, k: int) -> Tensor:
         advice = "Give one row of pixel indices for each route of A."
         checks.fail(_OP, "orders", f"has {permutation.shape[0]} rows", f"k = {k} of them", advice)
     checks.check_devices(_OP, {"x": x, "orders": permutation})
-    # Values cannot be read in a trace (whose tensors are of another class); the CPU kernels check the range again. An
-    # index beyond the map would end the process on a GPU, so waiting for the answer there is the lesser evil.
-    readable = type(permutation) is Tensor and permutation.device.type != "meta"
-    if readable and not torch.compiler.is_compiling() and permutation.numel():
-        pixels = x.shape[1] * x.shape[2]
-        low, high = int(permutation.min()), int(permutation.max())
-        if low < 0 or high >= pixels:
-            checks.fail(_OP, "orders", f"holds pixel indices from {low} to {high}", f"0 to h * w - 1 = {pixels - 1}",
-                        "Build it for the size of this map.")  # fmt: skip
+    found = pixel_range(permutation)
+    pixels = x.shape[1] * x.shape[2]
+    if found is not None and (found[0] < 0 or found[1] >= pixels):
+        checks.fail(_OP, "orders", f"holds pixel indices from {found[0]} to {found[1]}",
+                    f"0 to h * w - 1 = {pixels - 1}", "Build it for the size of this map.")  # fmt: skip
     return permutation

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvmamba.ops import checks
-from mmvmamba.ops.backends import choose_backend
-from mmvmamba.ops.selective_scan import compiled  # noqa: F401  (registers the operator)
+from mmvmamba.ops.backends import choose_backend, operator_suffix, runs_reference
+from mmvmamba.ops.selective_scan import operator as _registered  # noqa: F401  (registers the operator)
 from mmvmamba.ops.selective_scan.reference import selective_scan_reference
 
 _OP = "selective_scan"
@@ -63,10 +63,11 @@ def selective_scan(
         delta_bias: Added to ``delta`` before softplus (d,).
         delta_softplus: Apply softplus to the step sizes.
         z: Gate (b, d, l).
-        out_dtype: dtype of the output; that of ``u`` if None.
+        out_dtype: dtype of the output; that of ``u`` if None, and under CUDA autocast float32 for float16 and bfloat16
+            for bfloat16.
         return_last_state: Also return the state after the last position.
-        backend: ``"compiled"``, ``"reference"``, or None for the best that can run. A backend asked for by name
-            never falls back. Only ``"reference"`` can be differentiated twice or in forward mode.
+        backend: ``"compiled"``, ``"triton"``, ``"reference"``, or None for the best that can run. A backend asked for
+            by name never falls back. Only ``"reference"`` can be differentiated twice or in forward mode.
 
     Returns:
         The output (b, d, l), and with ``return_last_state`` also the state (b, d, n) in the precision of the scan.
@@ -82,21 +83,21 @@ def selective_scan(
     accumulate = _check(u, delta, A, B, C, D, delta_bias, z)
     checks.check_flag(_OP, "delta_softplus", delta_softplus)
     B, C = (p if p.dim() == 4 else p.unsqueeze(1) for p in (B, C))
-    out_dtype = checks.check_out_dtype(_OP, out_dtype, u.dtype)
+    out_dtype = checks.check_out_dtype(_OP, out_dtype, u)
     # A gate is applied to the full-precision output.
     scan_dtype = out_dtype if z is None else accumulate
-    chosen = choose_backend(backend, u.device.type)
+    chosen = choose_backend(backend, u.device, accumulate)
     tensors = (u, delta, A, B, C, D, delta_bias)
     tangents = checks.carry_tangents(tensors)
-    if tangents and chosen == ("compiled", True):
+    if tangents and chosen.pinned and chosen.name != "reference":
         checks.refuse_forward_mode(_OP, chosen.name)
-    # A trace with no compiled kernel records the operator (one node, PyTorch kernel), not an unrolled time loop.
-    if tangents or (chosen.name == "reference" and (chosen.pinned or not torch.compiler.is_compiling())):
+    if tangents or runs_reference(chosen):
         out, last_state = selective_scan_reference(*tensors, delta_softplus)
         out = out.to(scan_dtype)
     else:
         save_carries = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        out, last_state, _ = torch.ops.mmvmamba.selective_scan(*tensors, delta_softplus, scan_dtype, save_carries)
+        operator = getattr(torch.ops.mmvmamba, _OP + operator_suffix(chosen, u.device))
+        out, last_state, _ = operator(*tensors, delta_softplus, scan_dtype, save_carries)
     if z is not None:
         out = (out * F.silu(z.to(accumulate))).to(out_dtype)
     return (out, last_state) if return_last_state else out

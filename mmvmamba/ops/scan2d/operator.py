@@ -1,6 +1,6 @@
-"""The dispatcher operator ``mmvmamba::scan2d``: fake kernels, autograd, plain PyTorch fallback.
+"""The operators ``mmvmamba::scan2d`` and its Triton twin: fake kernels, autograd, plain PyTorch fallback.
 
-The compiled kernels are in ``csrc/cpu/scan2d.cpp``.
+The compiled kernels are in ``csrc/cpu/scan2d.cpp`` and ``csrc/cuda``, Triton's beside this file.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mmvmamba.errors import OpInputError
-from mmvmamba.ops.backends import warn_of_fallback
-from mmvmamba.ops.library import chunk_count, refuse_second_derivative, register_fallback
+from mmvmamba.ops.library import chunk_count
 from mmvmamba.ops.scan2d.orders import ScanOrder, order_to_permutation
 from mmvmamba.ops.scan2d.reference import scan2d_backward_reference, scan2d_reference
+from mmvmamba.ops.scan_operator import ScanParts, declare
 
 _Optional = Tensor | None
 
@@ -32,7 +32,6 @@ def _fallback_forward(
     orders: list[int], permutation: _Optional, delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the reference without recording it; the backward computes it again, so no states are saved."""
-    warn_of_fallback(x.device.type)
     pixels = routes_as_permutation(x, orders, permutation)
     with torch.no_grad():
         out = scan2d_reference(x, projections, dt_weight, dt_bias, A, D, pixels, delta_softplus)
@@ -62,11 +61,6 @@ def _carries_shape(x: Tensor, A: Tensor, permutation: _Optional, save_carries: b
     return (b, A.shape[0], chunk_count(length), A.shape[2], d)
 
 
-register_fallback("scan2d", _fallback_forward)
-register_fallback("scan2d_backward", _fallback_backward)
-
-
-@torch.library.register_fake("mmvmamba::scan2d")
 def _fake_forward(
     x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: _Optional, A: Tensor, D: _Optional,
     orders: list[int], permutation: _Optional, delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
@@ -75,7 +69,6 @@ def _fake_forward(
     return x.new_empty(x.shape, dtype=out_dtype), carries
 
 
-@torch.library.register_fake("mmvmamba::scan2d_backward")
 def _fake_backward(
     grad_out: Tensor, x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: _Optional, A: Tensor, D: _Optional,
     orders: list[int], permutation: _Optional, delta_softplus: bool, carries: Tensor,
@@ -93,9 +86,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, permutation, output[1])
 
 
-def _backward(ctx: Any, grad_out: Tensor, _grad_carries: Tensor) -> tuple[Any, ...]:
+def _backward(operator: Any, ctx: Any, grad_out: Tensor, _grad_carries: Tensor) -> tuple[Any, ...]:
     *tensors, permutation, carries = ctx.saved_tensors
-    grads = torch.ops.mmvmamba.scan2d_backward(grad_out, *tensors, ctx.orders, permutation, ctx.delta_softplus, carries)
+    grads = operator(grad_out, *tensors, ctx.orders, permutation, ctx.delta_softplus, carries)
     wanted = (
         grad if needed and tensor is not None else None
         for grad, needed, tensor in zip(grads, ctx.needs_input_grad[:6], tensors, strict=True)
@@ -103,5 +96,16 @@ def _backward(ctx: Any, grad_out: Tensor, _grad_carries: Tensor) -> tuple[Any, .
     return (*wanted, None, None, None, None, None)
 
 
-torch.library.register_autograd("mmvmamba::scan2d", _backward, setup_context=_setup_context)
-refuse_second_derivative("scan2d")
+declare(
+    "scan2d",
+    ScanParts(
+        forward=_fallback_forward,
+        backward=_fallback_backward,
+        fake_forward=_fake_forward,
+        fake_backward=_fake_backward,
+        setup_context=_setup_context,
+        autograd=_backward,
+        gradients=1,
+        streams=(0, 1),
+    ),
+)

@@ -1,6 +1,6 @@
-"""The dispatcher operator ``mmvmamba::selective_scan``: fake kernels, autograd, plain PyTorch fallback.
+"""The operators ``mmvmamba::selective_scan`` and its Triton twin: fake kernels, autograd, plain PyTorch fallback.
 
-The compiled kernels are in ``csrc/cpu/selective_scan.cpp``.
+The compiled kernels are in ``csrc/cpu/selective_scan.cpp`` and ``csrc/cuda``, Triton's beside this file.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmvmamba.errors import OpInputError
-from mmvmamba.ops.backends import warn_of_fallback
-from mmvmamba.ops.library import chunk_count, refuse_second_derivative, register_fallback
+from mmvmamba.ops.library import chunk_count
+from mmvmamba.ops.scan_operator import ScanParts, declare
 from mmvmamba.ops.selective_scan.reference import selective_scan_backward_reference, selective_scan_reference
 
 _Optional = Tensor | None
@@ -23,7 +23,6 @@ def _fallback_forward(
     delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the reference without recording it; the backward computes it again, so no states are saved."""
-    warn_of_fallback(u.device.type)
     with torch.no_grad():
         out, last_state = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus)
     carries = out.new_zeros(_carries_shape(u, A, save_carries))
@@ -49,11 +48,6 @@ def _carries_shape(u: Tensor, A: Tensor, save_carries: bool) -> tuple[int, ...]:
     return (u.shape[0], chunk_count(u.shape[2]), A.shape[1], u.shape[1]) if save_carries else (0,)
 
 
-register_fallback("selective_scan", _fallback_forward)
-register_fallback("selective_scan_backward", _fallback_backward)
-
-
-@torch.library.register_fake("mmvmamba::selective_scan")
 def _fake_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: _Optional, delta_bias: _Optional,
     delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
@@ -66,7 +60,6 @@ def _fake_forward(
     )
 
 
-@torch.library.register_fake("mmvmamba::selective_scan_backward")
 def _fake_backward(
     grad_out: Tensor, grad_last_state: _Optional, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: _Optional, delta_bias: _Optional, delta_softplus: bool, carries: Tensor,
@@ -85,12 +78,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _backward(ctx: Any, grad_out: _Optional, grad_last_state: _Optional, _grad_carries: None) -> tuple[Any, ...]:
+def _backward(
+    operator: Any, ctx: Any, grad_out: _Optional, grad_last_state: _Optional, _grad_carries: None
+) -> tuple[Any, ...]:
     *tensors, carries = ctx.saved_tensors
     u = tensors[0]
     if grad_out is None:
         grad_out = u.new_zeros(u.shape, dtype=carries.dtype)
-    grads = torch.ops.mmvmamba.selective_scan_backward(grad_out, grad_last_state, *tensors, ctx.delta_softplus, carries)
+    grads = operator(grad_out, grad_last_state, *tensors, ctx.delta_softplus, carries)
     wanted = (
         grad if needed and tensor is not None else None
         for grad, needed, tensor in zip(grads, ctx.needs_input_grad[:7], tensors, strict=True)
@@ -98,5 +93,16 @@ def _backward(ctx: Any, grad_out: _Optional, grad_last_state: _Optional, _grad_c
     return (*wanted, None, None, None)
 
 
-torch.library.register_autograd("mmvmamba::selective_scan", _backward, setup_context=_setup_context)
-refuse_second_derivative("selective_scan")
+declare(
+    "selective_scan",
+    ScanParts(
+        forward=_fallback_forward,
+        backward=_fallback_backward,
+        fake_forward=_fake_forward,
+        fake_backward=_fake_backward,
+        setup_context=_setup_context,
+        autograd=_backward,
+        gradients=2,
+        streams=(0, 1, 3, 4),
+    ),
+)

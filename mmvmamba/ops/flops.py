@@ -1,0 +1,104 @@
+"""Operation counts of the scans for `torch.utils.flop_counter.FlopCounterMode`.
+
+Importing this module registers the counts. It is not imported with `mmvmamba.ops`, because PyTorch's counter imports
+Triton and complains where there is none. Convention: an addition or a multiplication counts 1, a multiply-add so 2, as
+PyTorch counts its products; exponentials, softplus and their derivatives count nothing. Counted is what the recurrence
+needs, whatever the backend does on top (kernels may compute states twice).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from mmvmamba.ops.library import TWINS, twin
+
+FORWARD_STATE = 6
+"""Per state and position: delta A, (delta u) B, h = decay h + injection (2), y += C h (2)."""
+BACKWARD_STATE = 4 + 15
+"""The forward without y, then: q += C dy (2), dC += h dy (2), the gradient of the rate q h decay (2), of delta
+through A (2), dA (2), dB (2), of delta u (2), q = decay q (1)."""
+FORWARD_CHANNEL = 1
+"""Per channel and position: delta u."""
+BACKWARD_CHANNEL = 1 + 3
+"""delta u again, du (1), the gradient of delta through u (2)."""
+SKIP = 2
+"""Forward: y += D u."""
+BACKWARD_SKIP = 4
+"""du += D dy, dD += u dy."""
+BIAS = 1
+"""Forward: delta + bias; backward: the sum of its gradient."""
+STEP = 2
+"""Per channel, position and rank: one product for the step sizes; the backward takes three (again, two gradients)."""
+
+Shape = tuple[int, ...]
+
+
+def _scan_flops(positions: int, n: int, skip: bool, bias: bool, backward: bool) -> int:
+    """Count a scan over ``positions``, which is entries times channels times length."""
+    state, channel = (BACKWARD_STATE, BACKWARD_CHANNEL) if backward else (FORWARD_STATE, FORWARD_CHANNEL)
+    return positions * (n * state + channel + skip * (BACKWARD_SKIP if backward else SKIP) + bias * BIAS)
+
+
+def selective_scan_flops(
+    u: Shape, delta: Shape, A: Shape, B: Shape, C: Shape, D: Shape | None, delta_bias: Shape | None, *_rest: Any,
+    **_options: Any,
+) -> int:  # fmt: skip
+    """Count a 1D scan from the shapes of its arguments: u (b, d, l), A (d, n)."""
+    b, d, length = u
+    return _scan_flops(b * d * length, A[1], D is not None, delta_bias is not None, backward=False)
+
+
+def selective_scan_backward_flops(
+    grad_out: Shape, grad_last_state: Shape | None, u: Shape, delta: Shape, A: Shape, B: Shape, C: Shape,
+    D: Shape | None, delta_bias: Shape | None, *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count the backward of a 1D scan."""
+    b, d, length = u
+    return _scan_flops(b * d * length, A[1], D is not None, delta_bias is not None, backward=True)
+
+
+def scan2d_flops(
+    x: Shape, projections: Shape, dt_weight: Shape, dt_bias: Shape | None, A: Shape, D: Shape | None,
+    orders: list[int], permutation: Shape | None, *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count a 2D scan with its step sizes and its sum on the pixels: x (b, h, w, d), A (k, d, n)."""
+    positions, r = _visits(x, dt_weight, permutation), dt_weight[2]
+    merge = positions
+    return (
+        _scan_flops(positions, A[2], D is not None, dt_bias is not None, backward=False) + positions * STEP * r + merge
+    )
+
+
+def scan2d_backward_flops(
+    grad_out: Shape, x: Shape, projections: Shape, dt_weight: Shape, dt_bias: Shape | None, A: Shape, D: Shape | None,
+    orders: list[int], permutation: Shape | None, *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count the backward of a 2D scan."""
+    positions, r = _visits(x, dt_weight, permutation), dt_weight[2]
+    merge = positions
+    scan = _scan_flops(positions, A[2], D is not None, dt_bias is not None, backward=True)
+    return scan + positions * 3 * STEP * r + merge
+
+
+def _visits(x: Shape, dt_weight: Shape, permutation: Shape | None) -> int:
+    """Entries times routes times channels times length."""
+    b, h, w, d = x
+    return b * dt_weight[0] * d * (h * w if permutation is None else permutation[1])
+
+
+def _register() -> None:
+    formulas: dict[str, Any] = {
+        "selective_scan": selective_scan_flops,
+        "selective_scan_backward": selective_scan_backward_flops,
+        "scan2d": scan2d_flops,
+        "scan2d_backward": scan2d_backward_flops,
+    }
+    for name, formula in formulas.items():
+        operators = [getattr(torch.ops.mmvmamba, twin(name, suffix)) for suffix in TWINS]
+        register_flop_formula(operators)(formula)
+
+
+_register()
