@@ -84,9 +84,11 @@ def test_files(folder: Path) -> list[Path]:
 
 
 def _bench(name: str, seconds: float, out: Path, *arguments: str) -> Step:
-    common = ("python", "-m", "benchmarks.ops", "--json", str(out / f"ops_{name}.json"))
+    common = ("python", "-m", "benchmarks.ops", "--json")
+    results, tried = str(out / f"ops_{name}.json"), str(out / f"dry_{name}.json")
     tiny = ("--shapes", "smoke", "--seconds", "0.01", "--threads", "1", "--passes", "forward")
-    return Step(f"bench {name}", (*common, "--device", "cuda", *arguments), seconds, (*common, *tiny))
+    real, dry = (*common, results, "--device", "cuda", *arguments), (*common, tried, *tiny)
+    return Step(f"bench {name}", real, seconds, dry)
 
 
 def plan(out: Path, wheels: bool) -> list[Step]:
