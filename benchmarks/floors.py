@@ -10,15 +10,22 @@ element-direction is one channel of one position on one route. What one needs:
   cores); every further state adds 5 and 12, counted by hand from the recurrence and not from machine code.
 
 Partial sums, halo reads and second passes of a real kernel are not in it: they are what a kernel may be blamed for.
+
+``python -m benchmarks.floors`` prints the floors of the shapes of `benchmarks.cases` for rates given on the command
+line, by default those of an H200; no GPU is needed. With ``--instructions FORWARD BACKWARD`` the issue limit is that of
+kernels that need so many, such as those that scripts/check_cuda.py counts in ours.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cases import BACKWARD, CORE, ROUTES, SEQUENCE, Case
+from benchmarks.cases import BACKWARD, CORE, DTYPES, PASSES, ROUTES, SEQUENCE, Case, choose_cases
 from mmvmamba.ops.library import chunk_count
 
 SPECIAL_LANES, ISSUE_LANES = 16, 128
@@ -66,19 +73,34 @@ class Work:
         return limits[which], which
 
 
-def work(case: Case, boundary: str, passes: str, dtype: torch.dtype) -> Work:
-    """Count what a case needs at a boundary: activations of ``dtype``, parameters and output float32."""
+def work(
+    case: Case,
+    boundary: str,
+    passes: str,
+    dtype: torch.dtype,
+    base: tuple[float, float] = (FORWARD_INSTRUCTIONS, BACKWARD_INSTRUCTIONS),
+) -> Work:
+    """Count what a case needs at a boundary: activations of ``dtype``, parameters and output float32.
+
+    Args:
+        case: The shape.
+        boundary: What is timed.
+        passes: Forward alone or both.
+        dtype: Of the activations.
+        base: Instructions per element-direction with one state, forward and backward.
+    """
     sequence = boundary == SEQUENCE
     routes, n = 1 if sequence else ROUTES, case.n
     elements = case.b * case.length * case.d
     directions = routes * elements
-    instructions = FORWARD_INSTRUCTIONS + FORWARD_INSTRUCTIONS_PER_STATE * (n - 1)
+    instructions = base[0] + FORWARD_INSTRUCTIONS_PER_STATE * (n - 1)
     special = 2 + n
     if passes == BACKWARD:
-        instructions += BACKWARD_INSTRUCTIONS + BACKWARD_INSTRUCTIONS_PER_STATE * (n - 1)
+        instructions += base[1] + BACKWARD_INSTRUCTIONS_PER_STATE * (n - 1)
         special += 3 + n
     size = torch.empty(0, dtype=dtype).element_size()
-    return Work(_bytes(case, boundary, passes == BACKWARD, size), special * directions, instructions * directions)
+    moved = _bytes(case, boundary, passes == BACKWARD, size)
+    return Work(moved, special * directions, round(instructions * directions))
 
 
 def _bytes(case: Case, boundary: str, backward: bool, size: int) -> int:
@@ -107,3 +129,46 @@ def _bytes(case: Case, boundary: str, backward: bool, size: int) -> int:
             # The gradient of the map is added to that of the scan; the gradient of the weight reads both factors.
             total += 3 * map_bytes + 2 * projections + 2 * weight
     return total
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the floors in milliseconds; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes per second, read and written")
+    parser.add_argument("--multiprocessors", type=int, default=132)
+    parser.add_argument("--clock", type=float, default=1.98e9, help="Hz")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--boundary", choices=("scan", "core"), default="core")
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", default=["224", "512", "800x1216"])
+    parser.add_argument("--instructions", nargs=2, type=float, metavar=("FORWARD", "BACKWARD"),
+                        default=(FORWARD_INSTRUCTIONS, BACKWARD_INSTRUCTIONS))  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        cases = choose_cases(options.shapes, "cuda")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    rates = Rates(options.bandwidth, options.multiprocessors, options.clock)
+    print(f"{'case':20} {'pass':16} {'HBM ms':>8} {'special':>8} {'issue':>8} {'floor':>8}  limit")
+    groups: dict[tuple[str, str], list[float]] = {}
+    for passes in PASSES:
+        for case in cases:
+            boundary = options.boundary if options.boundary in case.boundaries else case.boundaries[0]
+            needed = work(case, boundary, passes, DTYPES[options.dtype], tuple(options.instructions))
+            limits = [needed.bytes / rates.bytes_per_second, needed.special / rates.special,
+                      needed.instructions / rates.issue, needed.floor(rates)[0]]  # fmt: skip
+            print(_line(case.name, passes, limits), needed.floor(rates)[1])
+            if case.blocks:
+                total = groups.setdefault((case.group, passes), [0.0] * len(limits))
+                groups[case.group, passes] = [t + case.blocks * part for t, part in zip(total, limits, strict=True)]
+    for (group, passes), limits in groups.items():
+        print(_line(f"VMamba-T at {group}", passes, limits), "sum of its blocks")
+    return 0
+
+
+def _line(name: str, passes: str, seconds: Sequence[float]) -> str:
+    return f"{name:20} {passes:16} " + " ".join(f"{1e3 * value:8.3f}" for value in seconds) + " "
+
+
+if __name__ == "__main__":
+    sys.exit(main())

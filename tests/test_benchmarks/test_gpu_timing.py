@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import contestants, foreign_kernels, ops, table
+from benchmarks import contestants, floors, foreign_kernels, ops, table
 from benchmarks.accelerator import MOST_SETS, ROTATED_BYTES, repeats_bitwise, rotating, sets_needed
 from benchmarks.cases import (
     BACKWARD,
@@ -106,6 +106,19 @@ def test_the_floor_is_the_largest_limit() -> None:
     assert Work(10**12, 1, 1).floor(rates) == (1.0, "HBM")
     assert Work(1, 10**12, 10**12).floor(rates) == (10**12 / 1.6e12, "special")
     assert Work(1, 1, 10**13).floor(rates) == (10**13 / 12.8e12, "issue")
+
+
+def test_floors_are_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert floors.main(["--shapes", "224", "sequence 1K", "--boundary", "scan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * 5 + 2
+    (both,) = (line.split() for line in lines if line.startswith("VMamba-T at 224      forward+backward"))
+    assert float(both[5]) == pytest.approx(total(BACKWARD).special / H200.special * 1e3, abs=1e-3)
+    assert floors.main(["--shapes", "224", "--boundary", "scan", "--instructions", "40", "104"]) == 0
+    (twice,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:4] == both[:4])
+    assert float(twice[6]) == pytest.approx(2 * float(both[6]), abs=2e-3)
+    assert floors.main(["--shapes", "nothing"]) == 2
+    assert "found 'nothing'" in capsys.readouterr().err
 
 
 def test_shapes_of_a_gpu_have_its_batches() -> None:
