@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 EXP2 = "MUFU.EX2"
@@ -71,26 +71,50 @@ def parse(text: str) -> dict[str, list[Instruction]]:
     return functions
 
 
-def has_subroutines(code: Iterable[Instruction]) -> bool:
-    """Return whether a function holds code that is called and returns."""
-    return any(one.name == "RET" for one in code)
+def subroutine_calls(code: Sequence[Instruction]) -> set[int]:
+    """Return where a function calls code that returns.
+
+    Other calls are mere branches, with which the compiler ends loops for sm_80: from their targets no RET is reached.
+    """
+    following = _edges(code, frozenset())
+    returns = {one.address for one in code if one.name == "RET"}
+    calls = set()
+    for one in code:
+        if one.name == "CALL" and (one.target is None or returns & _reached(one.target, following)):
+            calls.add(one.address)
+    return calls
+
+
+def _reached(start: int, after: Mapping[int, Iterable[int]]) -> set[int]:
+    """Return all that can be reached from a start, itself included."""
+    reached, todo = {start}, [start]
+    while todo:
+        for successor in after.get(todo.pop(), ()):
+            if successor not in reached:
+                reached.add(successor)
+                todo.append(successor)
+    return reached
 
 
 def _successors(code: Sequence[Instruction]) -> dict[int, list[int]]:
-    """Return where each instruction may be followed, by address."""
+    """Return where each instruction may be followed, by address; subroutines are passed over."""
+    branches = {one.address for one in code if one.name == "CALL"} - subroutine_calls(code)
+    return _edges(code, branches)
+
+
+def _edges(code: Sequence[Instruction], calls_that_branch: Set[int]) -> dict[int, list[int]]:
     targets: dict[str, int] = {}  # of the last BSSY of each barrier, in the order of addresses
     following: dict[int, list[int]] = {}
-    calls = has_subroutines(code)
     for index, one in enumerate(code):
         after = [code[index + 1].address] if index + 1 < len(code) else []
         if one.name == "BSSY" and one.target is not None and (barrier := _BARRIER.search(one.operands)):
             targets[barrier[0]] = one.target
-        if one.name in ("BRA", "JMP") and one.target is not None:
-            # A warp takes BRA.DIV only where its lanes came apart: the detour behind the kernel is no part of a loop.
-            if one.opcode != "BRA.DIV":
-                after = [one.target, *(after if one.conditional else [])]
-        elif one.name == "CALL" and one.target is not None and not calls:
-            # Nothing returns in this function: the compiler ends loops for sm_80 with a call that is a mere branch.
+        if one.opcode in ("BRA.DIV", "BRA.CONV"):
+            # Lanes of a warp that came apart take a detour over code that waits for them; those of a loop run together.
+            after = after if one.opcode == "BRA.DIV" or one.target is None else [one.target]
+        elif one.name in ("BRA", "JMP") and one.target is not None:
+            after = [one.target, *(after if one.conditional else [])]
+        elif one.address in calls_that_branch and one.target is not None:
             after = [one.target, *(after if one.guard else [])]
         elif one.name in ("EXIT", "RET", "BRX", "JMX") and not one.guard:
             after = []
@@ -98,8 +122,7 @@ def _successors(code: Sequence[Instruction]) -> dict[int, list[int]]:
             # Lanes meet here and go on where the BSSY said.
             after = [targets[barrier[0]], *(after if one.guard else [])]
         following[one.address] = after
-    known = set(following)
-    return {address: [a for a in after if a in known] for address, after in following.items()}
+    return {address: [a for a in after if a in following] for address, after in following.items()}
 
 
 def _blocks(code: Sequence[Instruction], following: Mapping[int, list[int]]) -> dict[int, list[int]]:
@@ -122,15 +145,11 @@ def _blocks(code: Sequence[Instruction], following: Mapping[int, list[int]]) -> 
 
 def _dominators(start: int, after: Mapping[int, list[int]]) -> dict[int, set[int]]:
     """Return, for every block that can be reached, the blocks that every way to it goes through."""
+    reached = _reached(start, after)
     before: dict[int, list[int]] = {}
-    reached, todo = {start}, [start]
-    while todo:
-        block = todo.pop()
+    for block in reached:
         for successor in after[block]:
             before.setdefault(successor, []).append(block)
-            if successor not in reached:
-                reached.add(successor)
-                todo.append(successor)
     dominators = {block: set(reached) for block in reached}
     dominators[start] = {start}
     changed = True
@@ -184,54 +203,90 @@ def own_exponentials(loop: Loop, loops: Sequence[Loop], code: Sequence[Instructi
     return sum(one.opcode == EXP2 and one.address in loop.body - inner for one in code)
 
 
-def tile_loop(code: Sequence[Instruction], inner_loops: int = 0) -> tuple[Loop, list[Loop]]:
+def tile_loop(code: Sequence[Instruction]) -> tuple[Loop, list[Loop]]:
     """Find the loop in which a scan kernel spends its time, and the loops inside it.
 
-    It is the smallest of those with the most MUFU.EX2 of their own or, where it is declared that so many loops are
-    left rolled inside the tile loop, the smallest loop around it that has so many inside.
-
-    Args:
-        code: A function.
-        inner_loops: How many loops the tile loop holds.
+    It is the smallest of those with the most MUFU.EX2 of their own.
 
     Raises:
-        SassError: There is none, or it holds another number of loops.
+        SassError: There is none.
     """
     loops = find_loops(code)
     counts = {loop: own_exponentials(loop, loops, code) for loop in loops}
     if not any(counts.values()):
         raise SassError(f"found no loop with {EXP2} among {len(loops)} loops, expected the tile loop of a scan kernel")
     hottest = min(loops, key=lambda loop: (-counts[loop], len(loop.body)))
-    around = sorted((loop for loop in loops if loop.body >= hottest.body), key=lambda loop: len(loop.body))
-    for loop in around:
-        inside = nested(loop, loops)
-        if len(inside) == inner_loops:
-            return loop, inside
-    raise SassError(
-        f"the tile loop at {hottest.header:#x} holds {len(nested(hottest, loops))} loops, {inner_loops} are declared. "
-        "Unroll them, or declare how often each turns in KERNELS of scripts/check_cuda.py."
-    )
+    return hottest, nested(hottest, loops)
 
 
-def count(code: Sequence[Instruction], loop: Loop, inside: Sequence[Loop], trips: Sequence[int]) -> Counter[str]:
+@dataclass(frozen=True)
+class InnerLoop:
+    """How often a loop inside the tile loop turns, on the average; known by the instructions it has.
+
+    Attributes:
+        what: What it does.
+        holds: Names of instructions it has, loops inside it included.
+        lacks: Names of instructions it does not have, loops inside it left out.
+        turns: How often.
+    """
+
+    what: str
+    holds: tuple[str, ...]
+    lacks: tuple[str, ...]
+    turns: float
+
+    def is_it(self, loop: Loop, loops: Sequence[Loop], code: Sequence[Instruction]) -> bool:
+        """Return whether a loop is of this kind."""
+        inner = {address for other in nested(loop, loops) for address in other.body}
+        names = {one.name for one in code if one.address in loop.body}
+        own = {one.name for one in code if one.address in loop.body - inner}
+        return names.issuperset(self.holds) and own.isdisjoint(self.lacks)
+
+
+def turns_of(inside: Sequence[Loop], code: Sequence[Instruction], declared: Sequence[InnerLoop]) -> list[float]:
+    """Return how often each loop turns by the first declaration that fits it.
+
+    Raises:
+        SassError: None fits one of them.
+    """
+    turns = []
+    for loop in inside:
+        fitting = [kind.turns for kind in declared if kind.is_it(loop, inside, code)]
+        if not fitting:
+            raise SassError(
+                f"the tile loop holds a loop that is not declared ({describe(loop, code)}). Unroll it, or declare how "
+                "often it turns in KERNELS of scripts/check_cuda.py."
+            )
+        turns.append(fitting[0])
+    return turns
+
+
+def describe(loop: Loop, code: Sequence[Instruction]) -> str:
+    """Return where a loop is and what is in it."""
+    names = Counter(one.name for one in code if one.address in loop.body)
+    listed = ", ".join(f"{n} {name}" for name, n in names.most_common(8))
+    return f"at {loop.header:#x}, {len(loop.body)} instructions: {listed}"
+
+
+def count(code: Sequence[Instruction], loop: Loop, inside: Sequence[Loop], turns: Sequence[float]) -> dict[str, float]:
     """Count the instructions of one turn of a loop by opcode.
 
     Args:
         code: The function.
         loop: A loop of it.
-        inside: The loops in it, in the order of their headers.
-        trips: How often each of them turns; loops inside each other multiply.
+        inside: The loops in it.
+        turns: How often each of them turns; those of loops inside each other multiply.
     """
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = {}
     for one in code:
         if one.address in loop.body:
-            times = 1
-            for inner, turns in zip(inside, trips, strict=True):
-                times *= turns if one.address in inner.body else 1
-            counts[one.opcode] += times
+            times = 1.0
+            for inner, often in zip(inside, turns, strict=True):
+                times *= often if one.address in inner.body else 1.0
+            counts[one.opcode] = counts.get(one.opcode, 0.0) + times
     return counts
 
 
-def total(counts: Mapping[str, int], *names: str) -> int:
+def total(counts: Mapping[str, float], *names: str) -> float:
     """Add up the opcodes with these names, suffixes or not; all of them without names."""
     return sum(n for opcode, n in counts.items() if not names or opcode.split(".")[0] in names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import check_cuda
@@ -78,6 +77,24 @@ def test_a_detour_behind_the_kernel_is_no_loop() -> None:
     assert sorted(loop.body) == [0x10, 0x20, 0x30, 0x40]
 
 
+def test_a_call_for_lanes_that_came_apart_is_passed_over() -> None:
+    code = code_of(
+        "MUFU.EX2 R2, R3",
+        "BRA.CONV ~URZ, 0x40",
+        "MOV R16, 0x40",
+        "CALL.REL.NOINC 0x80",
+        "@P0 CALL.REL.NOINC 0x60",  # 0x40: a mere branch out of the loop
+        "BRA 0x0",
+        "FADD R1, R2, R3",
+        "EXIT",
+        "WARPSYNC R17",  # 0x80
+        "RET.REL.NODEC R16 0x0",
+    )
+    assert sass.subroutine_calls(code) == {0x30}
+    (loop,) = sass.find_loops(code)
+    assert sorted(loop.body) == [0x0, 0x10, 0x40, 0x50]
+
+
 def test_a_block_behind_the_kernel_that_comes_back_is_part_of_its_loop() -> None:
     code = code_of("MUFU.EX2 R2, R3", "@P1 BRA 0x40", "@P0 BRA 0x0", "EXIT", "FADD R1, R2, R3", "BRA 0x20")
     (loop,) = sass.find_loops(code)
@@ -99,16 +116,24 @@ def test_loops_inside_count_as_often_as_declared() -> None:
         "MUFU.EX2 R2, R3",  # 0x10: tile loop
         "FFMA R1, R2, R3, R4",  # 0x20: loop inside
         "@P1 BRA 0x20",
-        "FADD R1, R2, R3",  # 0x40: another
+        "FADD R1, R2, R3",  # 0x40: another, with a third inside
+        "HMMA.1688.F32.TF32 R4, R12, R22, R4",  # 0x50
+        "@P2 BRA 0x50",
         "@P2 BRA 0x40",
         "@P0 BRA 0x10",
         "EXIT",
     )
-    with pytest.raises(sass.SassError, match="holds 2 loops, 0 are declared"):
-        sass.tile_loop(code)
-    loop, inside = sass.tile_loop(code, 2)
-    counts = sass.count(code, loop, inside, (6, 3))
-    assert counts == Counter({"MUFU.EX2": 1, "FFMA": 6, "FADD": 3, "BRA": 6 + 3 + 1})
+    loop, inside = sass.tile_loop(code)
+    assert [inner.header for inner in inside] == [0x20, 0x40, 0x50]
+    six = sass.InnerLoop("six", ("FFMA",), (), 6.0)
+    half, two = sass.InnerLoop("half", ("HMMA",), ("HMMA",), 0.5), sass.InnerLoop("two", ("HMMA",), ("FADD",), 2.0)
+    with pytest.raises(sass.SassError, match=r"not declared \(at 0x40, 4 instructions: 2 BRA, 1 FADD, 1 HMMA\)"):
+        sass.turns_of(inside, code, [six, two])
+    turns = sass.turns_of(inside, code, [six, half, two])
+    assert turns == [6.0, 0.5, 2.0]
+    assert sass.count(code, loop, inside, turns) == {
+        "MUFU.EX2": 1, "FFMA": 6, "FADD": 0.5, "HMMA.1688.F32.TF32": 1.0, "BRA": 6 + 1 + 0.5 + 1,
+    }  # fmt: skip
 
 
 def test_code_without_exponentials_has_no_tile_loop() -> None:
@@ -121,7 +146,7 @@ def test_a_loop_that_hides_work_is_refused() -> None:
     tile = ["MUFU.EX2 R2, R3"] * 32
     with pytest.raises(check_cuda.CheckError, match="has 8 of them, expected at least one for each of the 32"):
         check_cuda.count_tile_loop("forward", "sm_90", code_of(*tile[:8], "@P0 BRA 0x0", "EXIT"))
-    code = code_of(*tile, "CALL.REL.NOINC 0x230", "@P0 BRA 0x0", "EXIT", "RET.REL.NODEC R2")
+    code = code_of(*tile, "CALL.REL.NOINC 0x240", "@P0 BRA 0x0", "EXIT", "NOP", "RET.REL.NODEC R2")
     with pytest.raises(check_cuda.CheckError, match="the tile loop has 1 calls"):
         check_cuda.count_tile_loop("forward", "sm_90", code)
     found = check_cuda.count_tile_loop("forward", "sm_90", code_of(*tile, "@P0 BRA 0x0", "EXIT"))
@@ -154,7 +179,7 @@ def test_the_report_of_ptxas_is_read() -> None:
 
 
 def counted(per_element: float, kernel: str = "forward", arch: str = "sm_90") -> check_cuda.Count:
-    return check_cuda.Count(kernel, arch, Counter(), per_element)
+    return check_cuda.Count(kernel, arch, {}, per_element)
 
 
 def test_counts_are_held_to_limit_and_record() -> None:
