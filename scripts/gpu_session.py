@@ -108,7 +108,9 @@ def plan(out: Path, wheels: bool) -> list[Step]:
     steps.append(Step("build", ("python", "setup.py", "build_ext", "--inplace"), 240, None, build))
     files = [str(path.relative_to(ROOT)) for path in test_files(ROOT / "tests")]
     pytest = (*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=25")
-    tests = [Step(Path(f).stem, (*pytest, f), 90, (*pytest[:3], "--collect-only", "-m", "gpu", f)) for f in files]
+    limits = [150 if "sanitiz" in f else 90 for f in files]
+    collect = (*pytest[:4], "--collect-only", "-m", "gpu")
+    tests = [Step(Path(f).stem, (*pytest, f), limit, (*collect, f)) for f, limit in zip(files, limits, strict=True)]
     models = ("--shapes", "224", "512", "800x1216", "--seconds", "0.3")
     core = ("--dtype", "bfloat16", "--boundaries", "core")
     rest = ("1536", "odd", "states", "sequence")

@@ -68,7 +68,7 @@ def test_every_gpu_test_file_has_a_step_and_operators_come_first(tmp_path: Path)
     (folder / "helpers.py").touch()
     found = [path.stem for path in gpu_session.test_files(tmp_path)]
     assert found == ["test_operators", "test_determinism", "test_leaks", "test_other", "test_sanitizers"]
-    mark = re.compile(r"^(pytestmark = |@)pytest\.mark\.gpu", re.MULTILINE)
+    mark = re.compile(r"^(pytestmark = .*|@)pytest\.mark\.gpu\b", re.MULTILINE)
     marked = {path for path in (ROOT / "tests").rglob("*.py") if mark.search(path.read_text())}
     assert marked and marked <= set(gpu_session.test_files(ROOT / "tests"))
 
