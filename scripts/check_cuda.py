@@ -66,28 +66,21 @@ class Kernel:
 
 
 _VARIANT = r"<(\w+::)*(__nv_)?[Bb][Ff]loat16, 2, true, 1>"
-_ABSENT = sass.InnerLoop(
-    "neutral values for positions that a slice at the end of a route lacks", ("STS",), ("LDS",), 0.0
-)
+_ABSENT = sass.InnerLoop("neutral values for what a slice at the end of a route lacks", ("STS",), 0.0, without=("LDS",))
+# The 4 warps of a full block share the 64 channels of a tile: each sums 16 of them over 64 positions, 16 in a turn.
+_SUMS = sass.InnerLoop("sums over positions of the gradients of the weights", ("HMMA",), 4.0, without=("SHFL", "STS"))
+_AROUND_SUMS = sass.InnerLoop("the channels and features of such sums", ("BRA",), 1.0, ("HMMA",), ("SHFL", "MUFU"))
 
 
 def _exchange(warps: int) -> sass.InnerLoop:
     """The loop over the warps before this one: of ``warps`` the first has none, the last all others."""
-    return sass.InnerLoop("effects of the warps before", ("LDS", "FFMA"), ("STS", "HMMA"), (warps - 1) / 2)
+    return sass.InnerLoop("effects of the warps before", ("LDS", "FFMA"), (warps - 1) / 2, without=("STS", "HMMA"))
 
 
 KERNELS = {
     "forward": Kernel(rf"\bscan2d_forward_kernel{_VARIANT}", 2, {"sm_90": 30.0}, (_ABSENT, _exchange(16))),
     "backward": Kernel(
-        rf"\bscan2d_backward_kernel{_VARIANT}",
-        2,
-        {"sm_90": 60.0},
-        (
-            _ABSENT,
-            _exchange(4),
-            # A warp sums 16 of the 64 channels of the block over the 64 positions of its 4 warps, 16 in a turn.
-            sass.InnerLoop("sums of the weights' gradients over positions", ("HMMA",), ("SHFL",), 4.0),
-        ),
+        rf"\bscan2d_backward_kernel{_VARIANT}", 2, {"sm_90": 60.0}, (_ABSENT, _exchange(4), _SUMS, _AROUND_SUMS)
     ),
 }
 

@@ -225,22 +225,24 @@ class InnerLoop:
 
     Attributes:
         what: What it does.
-        holds: Names of instructions it has, loops inside it included.
-        lacks: Names of instructions it does not have, loops inside it left out.
+        own: Names of instructions it has outside the loops inside it.
         turns: How often.
+        within: Names of instructions it has, loops inside it included.
+        without: Names of instructions it does not have, loops inside it included.
     """
 
     what: str
-    holds: tuple[str, ...]
-    lacks: tuple[str, ...]
+    own: tuple[str, ...]
     turns: float
+    within: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     def is_it(self, loop: Loop, loops: Sequence[Loop], code: Sequence[Instruction]) -> bool:
         """Return whether a loop is of this kind."""
         inner = {address for other in nested(loop, loops) for address in other.body}
-        names = {one.name for one in code if one.address in loop.body}
+        everything = {one.name for one in code if one.address in loop.body}
         own = {one.name for one in code if one.address in loop.body - inner}
-        return names.issuperset(self.holds) and own.isdisjoint(self.lacks)
+        return own >= {*self.own} and everything >= {*self.within} and everything.isdisjoint(self.without)
 
 
 def turns_of(inside: Sequence[Loop], code: Sequence[Instruction], declared: Sequence[InnerLoop]) -> list[float]:

@@ -125,11 +125,11 @@ def test_loops_inside_count_as_often_as_declared() -> None:
     )
     loop, inside = sass.tile_loop(code)
     assert [inner.header for inner in inside] == [0x20, 0x40, 0x50]
-    six = sass.InnerLoop("six", ("FFMA",), (), 6.0)
-    half, two = sass.InnerLoop("half", ("HMMA",), ("HMMA",), 0.5), sass.InnerLoop("two", ("HMMA",), ("FADD",), 2.0)
+    six, half = sass.InnerLoop("six", ("FFMA",), 6.0), sass.InnerLoop("half", ("FADD",), 0.5, within=("HMMA",))
+    two, never = sass.InnerLoop("two", ("HMMA",), 2.0), sass.InnerLoop("never", ("FADD",), 99.0, without=("HMMA",))
     with pytest.raises(sass.SassError, match=r"not declared \(at 0x40, 4 instructions: 2 BRA, 1 FADD, 1 HMMA\)"):
-        sass.turns_of(inside, code, [six, two])
-    turns = sass.turns_of(inside, code, [six, half, two])
+        sass.turns_of(inside, code, [never, six, two])
+    turns = sass.turns_of(inside, code, [never, six, half, two])
     assert turns == [6.0, 0.5, 2.0]
     assert sass.count(code, loop, inside, turns) == {
         "MUFU.EX2": 1, "FFMA": 6, "FADD": 0.5, "HMMA.1688.F32.TF32": 1.0, "BRA": 6 + 1 + 0.5 + 1,
