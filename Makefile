@@ -4,7 +4,7 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format bench bench-gate sanitize clean
+.PHONY: help install demo test test-gpu check-gpu-code lint format bench bench-gpu bench-gate sanitize clean
 
 help:
 	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first);"
@@ -12,9 +12,11 @@ help:
 	@echo "make demo      train, test and draw a VMamba classifier, detector and segmentor (QUICK=1: a short run)"
 	@echo "make test      all tests that need no GPU"
 	@echo "make test-gpu  the tests that need a CUDA GPU"
+	@echo "make check-gpu-code   compile the CUDA and Triton kernels without a GPU and judge their machine code; needs nvcc"
 	@echo "make lint      ruff, mypy and clang-format, changing nothing"
 	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make bench     time the operators at 224x224 against the reference and upstream's path (the rest: benchmarks/README.md)"
+	@echo "make bench-gpu the same on a CUDA GPU, bfloat16 (all of it in one go: scripts/gpu_session.py)"
 	@echo "make bench-gate   fail if an operator lost speed against a GEMM and the reference (about half a minute)"
 	@echo "make sanitize  run the kernels on 100,000 random inputs under ASan and UBSan (COUNT=1000: fewer); needs only g++"
 	@echo "make clean     remove what builds and tools leave behind (keeps .venv, data and work_dirs)"
@@ -34,6 +36,10 @@ test: install
 test-gpu: install
 	$(PY) -m pytest -q -m gpu --durations=15 tests
 
+check-gpu-code: install
+	$(PY) scripts/check_cuda.py --require-nvcc
+	$(PY) scripts/check_triton.py
+
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -47,6 +53,9 @@ format: install
 
 bench: install
 	$(PY) -m benchmarks.ops --shapes 224
+
+bench-gpu: install
+	$(PY) -m benchmarks.ops --device cuda --dtype bfloat16 --shapes 224 512 800x1216
 
 bench-gate: install
 	$(PY) -m benchmarks.gate

@@ -72,20 +72,33 @@ def interleave(
     most_rounds: int,
     fewer_rounds: Mapping[str, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[Callable[[], object]], float] | None = None,
+    turn_seconds: float = TURN,
+    least_rounds: int = _LEAST_ROUNDS,
 ) -> dict[str, Timing]:
     """Give every contestant a turn per round, A B C A B C, so that a disturbance hits all of them.
 
-    A turn is one call, or several in a row while they take less than ``TURN`` together, all of them recorded: the
-    first finds the caches full of the contestant before, the others find them as a layer in a model does.
+    A turn is one call, or several in a row while they take less than ``turn_seconds`` together, all of them recorded:
+    the first finds the caches full of the contestant before, the others find them as a layer in a model does.
 
     Args:
         contestants: What to time, by name. Each is run once before the clock starts, unless ``fewer_rounds`` names it
             (what is too slow for many rounds was run by its check).
-        seconds: Stop after the round in which this much time has passed, but not before the third.
+        seconds: Stop after the round in which this much time has passed, but not before ``least_rounds``.
         most_rounds: Stop after this many rounds.
         fewer_rounds: A contestant named here drops out after so many rounds.
         clock: Seconds since some moment.
+        measure: Runs a contestant once and returns its seconds; by ``clock`` if None.
+        turn_seconds: A turn goes on while its calls are shorter together; with 0 it is one call.
+        least_rounds: Number of rounds that ``seconds`` does not cut short.
     """
+
+    def by_clock(run: Callable[[], object]) -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    once = by_clock if measure is None else measure
     limits = fewer_rounds or {}
     for name, run in contestants.items():
         if name not in limits:
@@ -97,14 +110,12 @@ def interleave(
             if index >= limits.get(name, most_rounds):
                 continue
             turn = 0.0
-            while turn < TURN:
-                start = clock()
-                run()
-                turn += (elapsed := clock() - start)
+            while True:
+                turn += (elapsed := once(run))
                 times[name].append(elapsed)
-                if elapsed <= 0:  # a clock that stands still
+                if turn >= turn_seconds or elapsed <= 0:  # or a clock that stands still
                     break
-        if clock() - begin > seconds and index >= _LEAST_ROUNDS - 1:
+        if clock() - begin > seconds and index >= least_rounds - 1:
             break
     return {name: Timing.of(t) for name, t in times.items()}
 
@@ -187,7 +198,13 @@ def environment() -> dict[str, object]:
     }
 
 
-def save(path: Path, benchmark: str, rows: Sequence[Mapping[str, object]], notes: Sequence[str] = ()) -> None:
+def save(
+    path: Path,
+    benchmark: str,
+    rows: Sequence[Mapping[str, object]],
+    notes: Sequence[str] = (),
+    device: Mapping[str, object] | None = None,
+) -> None:
     """Write the rows, what was left out and why, and the environment as JSON.
 
     Args:
@@ -195,9 +212,11 @@ def save(path: Path, benchmark: str, rows: Sequence[Mapping[str, object]], notes
         benchmark: Name of the benchmark, for ``python -m benchmarks.table``.
         rows: One per measured figure.
         notes: What was skipped and why.
+        device: What the result depends on besides `environment`, such as the GPU.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": benchmark, "environment": environment(), "notes": list(notes), "rows": list(rows)}
+    facts = environment() | dict(device or {})
+    content = {"benchmark": benchmark, "environment": facts, "notes": list(notes), "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,16 +1,19 @@
-"""What VMamba's published code computes on a CPU, restated in plain PyTorch from its description.
+"""What VMamba's published code computes, restated in plain PyTorch from its description.
 
 This is a restatement, not upstream's code: it was written for this benchmark from the facts noted about upstream, and
 materialises what upstream materialises. Four scanned copies of the map; a grouped projection of these copies to
 (dt, B, C); step sizes (b, k, d, l); decay and injection for every position and state, (b, k d, l, n); then a Python
 loop over the positions that indexes these tensors and leaves its gradient to autograd, whose index gradients are
 full-size tensors, so that the backward grows faster than the length. The sum over the four directions is the
-cross-merge.
+cross-merge. On a GPU upstream calls a CUDA kernel in the place of that loop: `ss2d_core` takes the function to call,
+and copies and merges in PyTorch around it, where upstream has a Triton kernel.
 
 Source of the description: Liu et al., "VMamba" (arXiv 2401.10166), section 4.2 and its CPU fallback.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +66,13 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 
 def ss2d_core(
-    x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_logs: Tensor, Ds: Tensor
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+    scan: Callable[..., Tensor] = selective_scan,
 ) -> Tensor:
     """Map ``x`` (b, h, w, d), channels-last as upstream's layers leave it, to the merged map (b, h, w, d).
 
@@ -74,6 +83,7 @@ def ss2d_core(
         dt_bias: (4, d).
         A_logs: (4 d, n).
         Ds: (4 d,).
+        scan: Takes the arguments of `selective_scan`, with four groups of B and C.
     """
     b, h, w, d = x.shape
     k, _, r = dt_weight.shape
@@ -84,7 +94,7 @@ def ss2d_core(
     projected = F.conv1d(scanned.view(b, k * d, length), weight, groups=k).view(b, k, r + 2 * n, length)
     dt, B, C = projected.split([r, n, n], 2)
     delta = torch.einsum("bkrl,kdr->bkdl", dt, dt_weight)
-    y = selective_scan(
+    y = scan(
         scanned.view(b, k * d, length),
         delta.reshape(b, k * d, length),
         -torch.exp(A_logs.float()),

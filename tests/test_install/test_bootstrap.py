@@ -317,8 +317,9 @@ def test_ci_fails_where_one_of_its_commands_does(root, tmp_path):
     for failing, called in (
         ("lint", "lint\n"),
         ("test", "lint\ntest\n"),
-        ("bench-gate", "lint\ntest\nbench-gate\n"),
-        ("nothing", "lint\ntest\nbench-gate\n"),
+        ("check-gpu-code", "lint\ntest\ncheck-gpu-code\n"),
+        ("bench-gate", "lint\ntest\ncheck-gpu-code\nbench-gate\n"),
+        ("nothing", "lint\ntest\ncheck-gpu-code\nbench-gate\n"),
     ):
         log = tmp_path / failing
         write_command(tmp_path, "make", f'echo "$1" >> {log}\n[ "$1" != {failing} ]\n')

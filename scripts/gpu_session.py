@@ -1,0 +1,254 @@
+"""Everything that waits for a GPU, in one command that ends within nine minutes: ``python3 scripts/gpu_session.py``.
+
+For a bare machine that is lent for a short time and has no network: Python with PyTorch (CUDA), Triton, pytest and
+setuptools, and nvcc. It builds the extension for this GPU, runs the tests marked ``gpu``, the most telling first, then
+the benchmarks. Every step has its own time limit and is left out where too little time remains; one that fails does not
+stop the rest. Logs and results go to the folder ``$OUT`` (at most eight files; without it build/gpu_session), a short
+table is printed last, and the exit code is 0 only if every step was run and passed.
+
+The models need mmengine. Where the machine has none, fetch wheels beforehand with ``--fetch-wheels`` (they go to .whl)
+and take them along; they are unpacked to a temporary folder, not installed.
+
+``--dry-run`` prints the commands and runs what shows something without a GPU: the tests are collected, the benchmarks
+run on the CPU with tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WHEELS = ROOT / ".whl"
+BUDGET = 540.0
+"""Seconds for everything; what lends the machine ends a command after ten minutes."""
+LEAST = 10.0
+"""A step is not begun with less time than this."""
+TAIL = 12
+FIRST_TESTS = ("operator", "determin", "isolat", "bad_input", "graph", "autocast", "train", "model", "leak", "sanitiz")
+"""Words in the names of test files, the most telling first; files with none of them come last but one."""
+MMENGINE = ("onedl-mmengine==0.10.12", "addict==2.4.0", "termcolor==3.3.0", "yapf==0.43.0", "platformdirs==4.14.5")
+"""What the image of the lent machine lacks of the needs of mmvmamba.models."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: As printed.
+        command: Arguments; ``python`` stands for this interpreter.
+        seconds: Its time limit.
+        dry: What runs in its place without a GPU; None: it is only printed.
+        environment: Variables on top of those of this process.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    dry: tuple[str, ...] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step: ``ok``, ``failed``, ``timeout``, ``no time`` or ``printed``; and its last line."""
+
+    name: str
+    result: str
+    seconds: float
+    last_line: str
+
+
+def test_files(folder: Path) -> list[Path]:
+    """Return the files with tests for a GPU, the most telling first."""
+    files = sorted(folder.glob("test_gpu/test_*.py")) + sorted(folder.glob("test_gpu*.py"))
+
+    def rank(path: Path) -> int:
+        words = [index for index, word in enumerate(FIRST_TESTS) if word in path.stem]
+        return words[0] if words else len(FIRST_TESTS) - 1
+
+    return sorted(files, key=rank)
+
+
+def _bench(name: str, seconds: float, out: Path, *arguments: str) -> Step:
+    common = ("python", "-m", "benchmarks.ops", "--json")
+    results, tried = str(out / f"ops_{name}.json"), str(out / f"dry_{name}.json")
+    tiny = ("--shapes", "smoke", "--seconds", "0.01", "--threads", "1", "--passes", "forward")
+    real, dry = (*common, results, "--device", "cuda", *arguments), (*common, tried, *tiny)
+    return Step(f"bench {name}", real, seconds, dry)
+
+
+def plan(out: Path, wheels: bool) -> list[Step]:
+    """Return the steps in the order of their value.
+
+    Args:
+        out: Where results go.
+        wheels: Whether there are wheels to unpack.
+    """
+    python = ("python", "-m")
+    build = (("TORCH_CUDA_ARCH_LIST", "9.0"), ("MMVMAMBA_WITH_CUDA", "1"), ("MAX_JOBS", str(os.cpu_count() or 1)))
+    steps = [Step("machine", ("nvidia-smi",), 20, ("python", "--version"))]
+    if wheels:
+        options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site_folder()))
+        unpack = (*python, "pip", "install", *options, *(str(path) for path in sorted(WHEELS.glob("*.whl"))))
+        steps.append(Step("wheels", unpack, 60, unpack))
+    steps.append(Step("build", ("python", "setup.py", "build_ext", "--inplace"), 240, None, build))
+    files = [str(path.relative_to(ROOT)) for path in test_files(ROOT / "tests")]
+    pytest = (*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=25")
+    limits = [150 if "sanitiz" in f else 90 for f in files]
+    collect = (*pytest[:4], "--collect-only", "-m", "gpu")
+    tests = [Step(Path(f).stem, (*pytest, f), limit, (*collect, f)) for f, limit in zip(files, limits, strict=True)]
+    models = ("--shapes", "224", "512", "800x1216", "--seconds", "0.3")
+    core = ("--dtype", "bfloat16", "--boundaries", "core")
+    rest = ("1536", "odd", "states", "sequence")
+    return [
+        *steps,
+        *tests[:2],
+        _bench("models_bfloat16", 90, out, *models, *core),
+        *tests[2:],
+        _bench("scan_bfloat16", 60, out, *models, "--dtype", "bfloat16", "--boundaries", "scan"),
+        _bench("rest_bfloat16", 60, out, "--shapes", *rest, "--seconds", "0.3", "--dtype", "bfloat16"),
+        _bench("models_float16_float32", 60, out, *models, "--dtype", "float16", "float32", "--boundaries", "core"),
+    ]
+
+
+def site_folder() -> Path:
+    """Where wheels are unpacked."""
+    return Path(tempfile.gettempdir()) / "mmvmamba_site"
+
+
+def environment(step: Step) -> dict[str, str]:
+    """Return the variables a step runs with."""
+    path = [str(ROOT), str(site_folder()), os.environ.get("PYTHONPATH", "")]
+    shared = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
+    return dict(os.environ) | shared | dict(step.environment)
+
+
+def written(step: Step, command: Sequence[str]) -> str:
+    """Return a command as one would type it."""
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in step.environment)
+    return f"{variables} {shlex.join(command)}".strip()
+
+
+def run(step: Step, command: Sequence[str], seconds: float, log: Path) -> Outcome:
+    """Run one command with a time limit; its output goes to the end of the log, the last lines also to the screen."""
+    real = [sys.executable if part == "python" else part for part in command]
+    begin = time.monotonic()
+    with log.open("a") as file:
+        file.write(f"\n===== {step.name}: {written(step, command)}\n")
+        file.flush()
+        start = file.tell()
+        try:
+            process = subprocess.Popen(
+                real, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(step), start_new_session=True
+            )
+        except OSError as error:
+            file.write(f"{error}\n")
+            return Outcome(step.name, "failed", 0.0, str(error))
+        try:
+            code = process.wait(seconds)
+            result = "ok" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            result = "timeout"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the group it leads: compilers and workers end with it
+            process.wait()
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    print("\n".join(lines[-TAIL:]), flush=True)
+    return Outcome(step.name, result, time.monotonic() - begin, lines[-1] if lines else "")
+
+
+def run_all(
+    steps: Sequence[Step], out: Path, dry: bool, budget: float, clock: Callable[[], float] = time.monotonic
+) -> list[Outcome]:
+    """Run the steps while time remains; return what became of each."""
+    begin, outcomes = clock(), []
+    for step in steps:
+        command = step.dry if dry else step.command
+        print(f"\n===== {step.name} (at {clock() - begin:.0f} s, limit {step.seconds:.0f} s)", flush=True)
+        print(f"$ {written(step, step.command)}", flush=True)
+        left = budget - (clock() - begin)
+        if command is None:
+            outcomes.append(Outcome(step.name, "printed", 0.0, "needs a GPU"))
+        elif left < LEAST:
+            outcomes.append(Outcome(step.name, "no time", 0.0, f"{max(0.0, left):.0f} s were left"))
+        else:
+            if command != step.command:
+                print(f"without a GPU: $ {written(step, command)}", flush=True)
+            outcomes.append(run(step, command, min(step.seconds, left), out / "session.log"))
+        (out / "summary.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
+    return outcomes
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return the short table."""
+    width = max(len(one.name) for one in outcomes)
+    return "\n".join(
+        f"{one.name:{width}}  {one.result:8} {one.seconds:6.1f} s  {one.last_line[:100]}" for one in outcomes
+    )
+
+
+def sums(out: Path) -> str:
+    """Return the sums over the blocks of VMamba-T that the benchmarks wrote, one line each."""
+    lines = []
+    for path in sorted(out.glob("ops_*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["shape"] is None:
+                ratios = [f"{field[5:]} {row[field]:.2f}x" for field in row if field[:5] == "over_" and row[field]]
+                share = f"{row['floor_share']:.0%} of the floor" if "floor_share" in row else ""
+                label = f"{row['case']}, {row['pass']}, {row['dtype']}, {row['contestant']}"
+                lines.append(f"{label}: {row['median'] * 1e3:.3f} ms {share} {' '.join(ratios)}")
+    return "\n".join(lines)
+
+
+def fetch_wheels() -> int:
+    """Fetch what the models need for Python 3.12 on Linux; return pip's exit code."""
+    platforms = [f"--platform={name}_x86_64" for name in ("manylinux_2_28", "manylinux_2_17", "manylinux2014")]
+    options = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp", *platforms]
+    command = [sys.executable, "-m", "pip", "download", "-q", *options, "-d", str(WHEELS), *MMENGINE]
+    return subprocess.run(command, check=False).returncode
+
+
+def main(arguments: Sequence[str] | None = None, variables: Mapping[str, str] = os.environ) -> int:
+    """Run everything, print the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run what needs no GPU")
+    parser.add_argument("--fetch-wheels", action="store_true", help="only fetch mmengine and its needs to .whl")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="steps with one of these words in their name")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    options = parser.parse_args(arguments)
+    if options.fetch_wheels:
+        return fetch_wheels()
+    out = Path(variables.get("OUT") or ROOT / "build" / "gpu_session")
+    out.mkdir(parents=True, exist_ok=True)
+    if not options.dry_run and shutil.which("nvidia-smi") is None:
+        print("gpu_session: found no nvidia-smi on PATH, expected one with a GPU. Run it there, or use --dry-run.",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    steps = plan(out, wheels=any(WHEELS.glob("*.whl")))
+    if options.only:
+        steps = [step for step in steps if any(word in step.name for word in options.only)]
+    if not steps:
+        print(f"gpu_session: --only {' '.join(options.only)} names no step. See --dry-run.", file=sys.stderr)
+        return 2
+    outcomes = run_all(steps, out, options.dry_run, options.budget)
+    print(f"\n{sums(out)}\n\n{table(outcomes)}\nlogs and results: {out}")
+    return 0 if all(one.result in ("ok", "printed") for one in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
