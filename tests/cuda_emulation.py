@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from mmvmamba import ops
 from mmvmamba.ops import CROSS_SCAN, ScanOrder, library
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def compiler_flags() -> list[str]:
     version = re.search(r'TORCH_TARGET_VERSION = "(\w+)"', (ROOT / "setup.py").read_text())
     assert version, "setup.py does not say which version of the stable ABI it uses"
     flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
+    # Shared memory holds words of several types, which nvcc does not mind.
+    flags += ["-fno-strict-aliasing"]
     flags += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
     flags += ["-DMMVMAMBA_EMULATE_CUDA", f"-DTORCH_TARGET_VERSION={version[1]}"]
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and platform.machine() in ("x86_64", "AMD64"):
@@ -177,7 +180,10 @@ def scan2d(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`mmvmamba.ops.scan2d` on the emulated kernels; ``backend`` has no meaning."""
+    """`mmvmamba.ops.scan2d` on the emulated kernels, unless ``backend="reference"``."""
+    if backend == "reference":
+        options = {"orders": orders, "delta_softplus": delta_softplus, "out_dtype": out_dtype}
+        return ops.scan2d(x, projections, dt_weight, dt_bias, A, D, **options, backend=backend)
     routes = ([], orders) if isinstance(orders, Tensor) else ([int(order) for order in orders], None)
     tensors = (x, projections, dt_weight.float(), dt_bias, A, D)
     return _Scan.apply("scan2d", (out_dtype or x.dtype,), (*routes, delta_softplus), *tensors)[0]
@@ -197,7 +203,10 @@ def selective_scan(
     return_last_state: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`mmvmamba.ops.selective_scan` on the emulated kernels; ``backend`` has no meaning."""
+    """`mmvmamba.ops.selective_scan` on the emulated kernels, unless ``backend="reference"``."""
+    if backend == "reference":
+        options = {"z": z, "out_dtype": out_dtype, "return_last_state": return_last_state}
+        return ops.selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, **options, backend=backend)
     B, C = (p if p.dim() == 4 else p.unsqueeze(1) for p in (B, C))
     out_dtype = out_dtype or u.dtype
     scan_dtype = out_dtype if z is None else torch.float32
