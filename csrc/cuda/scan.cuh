@@ -1,0 +1,470 @@
+// What the forward and the backward kernels of both operators share: arguments, shared memory, and how a warp gets the
+// inputs of its slice.
+//
+// Lanes are channels, V adjacent ones each; a warp works on a slice of 16 consecutive positions of a route at a time,
+// the warps of a block on consecutive slices (a turn). A block belongs to one batch entry, one tile of 32 V channels
+// and one band of positions, and does all routes of a launch one after another: nothing is added by two blocks.
+//
+// Units: step sizes are kept as s = delta / ln 2, so that the decay is 2^(A s); log2(e) is folded into the step-size
+// weights, ln 2 into B.
+#pragma once
+
+#include "device.cuh"
+
+namespace mmvmamba {
+
+constexpr int kRows = 16;     // positions of a slice: the height of a tensor-core tile
+constexpr int kLanes = 32;    // of a warp
+constexpr int kRankTile = 8;  // depth of a tensor-core tile
+constexpr int kChunk = 32;    // positions between two saved states, as in mmvmamba/ops/library.py
+constexpr int kMaxRoutes = 64;
+constexpr int kMaxForwardWarps = 16, kMaxBackwardWarps = 4, kMaxAggregateWarps = 8;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
+constexpr float kLargestExponent = 127.99f;  // 2^ of it is finite: a decay never becomes infinite
+
+// Scan orders, as in mmvmamba/ops/scan2d/orders.py.
+enum Order : uint8_t { kRow = 0, kColumn = 1, kRowReversed = 2, kColumnReversed = 3, kPermuted = 4 };
+// Which routes a launch does: those along rows, those along columns, or all. A set of bits.
+enum Axes : int { kRowAxis = 1, kColumnAxis = 2, kAllAxes = 3 };
+
+// Division of 0 <= x < 2^31 by a constant of the launch.
+struct Divider {
+  uint32_t divisor, multiplier, shift;
+};
+
+struct ScanArgs {
+  // Inputs: x (b, pixels, d) and projections (b, pixels, slots, features) in the type of the kernel; delta (b, pixels,
+  // d), only where step sizes are given and not projected. slots is routes * groups, of which one is 1.
+  const void *x, *delta, *projections;
+  const float *dt_weight, *dt_bias, *A, *D;  // (routes, d, r), (routes, d), (routes, d, n), (routes, d)
+  const int64_t* permutation;                // (routes, length) or null
+  float* out;                                // (b, pixels, d), or by visit (b, routes, length, d)
+  float *carries, *last_state;               // (b, routes, chunks, n, d), (b, d, n)
+  // Of every band: log2 of the product of its decays; its end from a start of zero, then the state it starts with
+  // (b, routes, bands, n, d). The adjoint has the same.
+  float *band_decay, *band_state;
+  // Backward. Gradients of parameters and of the projections are partial sums.
+  const float *grad_out, *grad_last_state;
+  const float* zeros;    // some
+  float *dx, *ddelta;    // as out
+  float* dprojections;   // (tiles, b, pixels or length, slots, features)
+  float* ddt_weight;     // (b, bands, routes, d, r)
+  float* ddt_bias;       // (b, bands, routes, d)
+  float *dA, *dD;        // (b, bands, warps, routes, d, n), (b, bands, warps, routes, d)
+  int batch, height, width, pixels, length;
+  int channels, groups, group_channels;  // channels = groups * group_channels
+  int routes, states, rank, features, slots;
+  int tiles, bands, band_length, chunks;  // tiles of a group
+  int axes;                               // of this launch
+  bool first_launch;                      // writes the merged map; later launches add
+  bool by_visit;  // results per visit of a route; else the merged map of the band is kept in shared memory
+  bool delta_softplus;
+  Divider by_height;
+  uint8_t orders[kMaxRoutes];
+};
+
+__device__ __forceinline__ int divide(int x, const Divider& by) {
+  const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(static_cast<uint32_t>(x)) * by.multiplier) >> 32);
+  return static_cast<int>((high + static_cast<uint32_t>(x)) >> by.shift);
+}
+
+// Where the arrays of a block lie in its shared memory, in floats.
+struct SharedLayout {
+  int weights, rows, features, z, exchange, carry, dweights, map, size;
+  int weight_stride, feature_stride, z_stride, dweight_stride, rank_padded;
+
+  __host__ __device__ __forceinline__ SharedLayout(int width, int warps, int rank, int states, bool projected,
+                                                   int map_rows, int exchanged, bool backward) {
+    // One column more than the rank, which holds 1: its weight is the bias.
+    rank_padded = projected ? (rank / kRankTile + 1) * kRankTile : 0;
+    weight_stride = width + 2;                                    // of four floats: banks 8 apart for the rows of a tile
+    feature_stride = (rank_padded + 2 * states + 7) / 8 * 8 + 4;  // banks 4 apart for the eight rows of a tile
+    z_stride = width + 8;
+    int at = 0;
+    auto take = [&at](int count) {
+      const int here = at;
+      at += (count + 3) / 4 * 4;
+      return here;
+    };
+    weights = take(2 * rank_padded * weight_stride);  // rank_padded / 8 times 4 rows of 4 floats
+    rows = take(4 * warps * kRows);
+    features = take(warps * kRows * feature_stride);
+    z = take(warps * kRows * z_stride);
+    exchange = take(2 * exchanged * warps * width);
+    carry = take(2 * states * width);
+    dweight_stride = width + 4;
+    dweights = take(backward ? rank_padded * dweight_stride : 0);
+    map = take(map_rows * width);
+    size = at;
+  }
+};
+
+// The block's part of the work.
+template <int V>
+struct Place {
+  int lane, warp, warps;
+  int batch, band, group, tile;
+  int channel;  // of this lane, counted over all groups
+  bool valid;   // whether the lane has a channel
+
+  __device__ __forceinline__ explicit Place(const ScanArgs& args) {
+    lane = threadIdx.x % kLanes;
+    warp = threadIdx.x / kLanes;
+    warps = blockDim.x / kLanes;
+    int rest = blockIdx.x;
+    tile = rest % args.tiles;
+    rest /= args.tiles;
+    group = rest % args.groups;
+    rest /= args.groups;
+    band = rest % args.bands;
+    batch = rest / args.bands;
+    const int within = tile * kLanes * V + V * lane;
+    valid = within < args.group_channels;
+    channel = group * args.group_channels + (valid ? within : 0);
+  }
+};
+
+// The positions of a band on one route.
+struct Span {
+  int begin, end;  // positions t of the route
+  Order order;
+
+  __device__ __forceinline__ Span(const ScanArgs& args, int route, int band) {
+    order = static_cast<Order>(args.orders[route]);
+    // Bands are cut along the axis, so that a route and its reverse share them.
+    const int from = band * args.band_length, until = min(from + args.band_length, args.length);
+    const bool reversed = order == kRowReversed || order == kColumnReversed;
+    begin = reversed ? args.length - until : from;
+    end = reversed ? args.length - from : until;
+  }
+};
+
+__device__ __forceinline__ bool in_launch(const ScanArgs& args, int route) {
+  const Order order = static_cast<Order>(args.orders[route]);
+  const int axis = order == kColumn || order == kColumnReversed ? kColumnAxis : kRowAxis;
+  return (args.axes & axis) != 0;
+}
+
+// Pixel of position t of a route.
+template <bool kPermutations>
+__device__ __forceinline__ int pixel_of(const ScanArgs& args, int route, Order order, int t) {
+  if (kPermutations && order == kPermuted) {
+    // The interface checks the range where it can; what reaches this is kept inside the map.
+    const int64_t pixel = args.permutation[static_cast<int64_t>(route) * args.length + t];
+    return static_cast<int>(pixel < 0 ? 0 : pixel >= args.pixels ? args.pixels - 1 : pixel);
+  }
+  const int along = order == kRowReversed || order == kColumnReversed ? args.length - 1 - t : t;
+  if (order == kRow || order == kRowReversed) return along;
+  const int column = divide(along, args.by_height);
+  return (along - column * args.height) * args.width + column;
+}
+
+// log2(1 + w) for w in [0, 1] with a small relative error: 1.4e-7, and 5.7e-5 where the inputs have 8 or 11 bits.
+template <typename T>
+__device__ __forceinline__ float log2_1p(float w, float plus) {
+  float p;
+  if constexpr (kIsHalf<T>) {
+    p = 5.965152755e-02f;
+    p = fmaf(p, w, -2.271194011e-01f);
+    p = fmaf(p, w, 4.418987930e-01f);
+    p = fmaf(p, w, -7.169874310e-01f);
+    p = fmaf(p, w, 1.442613244e+00f);
+  } else {
+    p = 7.549429778e-03f;
+    p = fmaf(p, w, -4.256811738e-02f);
+    p = fmaf(p, w, 1.128580421e-01f);
+    p = fmaf(p, w, -1.971206963e-01f);
+    p = fmaf(p, w, 2.756423354e-01f);
+    p = fmaf(p, w, -3.584087491e-01f);
+    p = fmaf(p, w, 4.806930125e-01f);
+    p = fmaf(p, w, -7.213402390e-01f);
+    p = fmaf(p, w, 1.442695022e+00f);
+  }
+  return fmaf(p, w, plus);
+}
+
+// Softplus in units of ln 2: log2(1 + 2^z). PyTorch's is the identity beyond 20, which makes no difference in float32.
+template <typename T>
+__device__ __forceinline__ float softplus2(float z) {
+  return log2_1p<T>(exp2_approx(-fabsf(z)), fmaxf(z, 0.0f));
+}
+
+// The slice of 16 positions that a warp works on, and its inputs.
+//
+// Positions outside the span are made neutral: their step size is 0, so that the state passes them unchanged.
+template <typename T, int V, bool kOneState, int kRankTiles>
+struct Slice {
+  static constexpr bool kProjected = kRankTiles >= 0;
+  static constexpr int kWidth = kLanes * V;
+
+  const ScanArgs& args;
+  // Copies: references into the same object would keep all of it in memory.
+  const SharedLayout layout;
+  const Place<V> place;
+  float *rows, *features, *z;  // this warp's; of a row: offset, B, map, C (B and C of one state only)
+  const float* weights;
+  int64_t x, delta;     // addresses of this lane's channel at pixel 0
+  int64_t projections;  // address of this block's slot at pixel 0
+  uint32_t inside;     // bit i: row i is in the span
+  int start;           // position of row 0
+
+  __device__ __forceinline__ Slice(const ScanArgs& args_, const SharedLayout& layout_, const Place<V>& place_,
+                                   float* shared)
+      : args(args_), layout(layout_), place(place_), inside(0), start(0) {
+    rows = shared + layout.rows + place.warp * 4 * kRows;
+    features = shared + layout.features + place.warp * kRows * layout.feature_stride;
+    z = shared + layout.z + place.warp * kRows * layout.z_stride;
+    weights = shared + layout.weights;
+    const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
+    x = hidden(static_cast<const T*>(args.x) + at);
+    delta = kProjected ? 0 : hidden(static_cast<const T*>(args.delta) + at);
+    // The columns between rank and rank_padded stay 0 from here on, but for the one that holds 1.
+    if (kProjected)
+      for (int i = place.lane; i < kRows * layout.feature_stride; i += kLanes) features[i] = 0.0f;
+  }
+
+  // The kernels for one state are for models, which all have softplus: no branch in the innermost loop.
+  __device__ __forceinline__ bool has_softplus() const { return kOneState || args.delta_softplus; }
+  __device__ __forceinline__ bool is_full() const { return inside == 0xffffu; }
+  __device__ __forceinline__ bool has(int row) const { return (inside >> row) & 1; }
+  // Where results of a row go: its pixel, or its position.
+  __device__ __forceinline__ int result_row(int row) const {
+    return args.by_visit ? start + row : reinterpret_cast<const int*>(rows)[4 * row];
+  }
+  // Index of the first channel of a row's pixel within the batch entry.
+  __device__ __forceinline__ auto offset(int row) const {
+    const int stored = reinterpret_cast<const int*>(rows)[4 * row];
+    // The kernels for one state are launched for images of less than 2^32 elements only: one instruction less.
+    if constexpr (kOneState)
+      return static_cast<uint32_t>(stored);
+    else
+      return static_cast<int64_t>(stored) * args.channels;
+  }
+  // This lane's place in the row of the map in shared memory: the pixel where the block has the whole map, else the
+  // place in the band.
+  __device__ __forceinline__ float* map_row(float* map, int row) const {
+    const int bytes = reinterpret_cast<const int*>(rows)[4 * row + 2];
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(map + V * place.lane) + bytes);
+  }
+  __device__ __forceinline__ float B(int row, int state) const {
+    if constexpr (kOneState) return rows[4 * row + 1];
+    return features[row * layout.feature_stride + layout.rank_padded + state];
+  }
+  __device__ __forceinline__ float C(int row, int state) const {
+    if constexpr (kOneState) return rows[4 * row + 3];
+    return features[row * layout.feature_stride + layout.rank_padded + args.states + state];
+  }
+  __device__ __forceinline__ Packed<T, V> load_x(int row) const {  // of a lane without channel: of channel 0
+    return load_constant<Packed<T, V>>(x + offset(row) * static_cast<int64_t>(sizeof(T)));
+  }
+
+  // To be called before the first `fetch` of a route.
+  __device__ __forceinline__ void start_route(int route) {
+    const int slot = args.groups > 1 ? place.group : route;
+    const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.slots + slot;
+    projections = hidden(static_cast<const T*>(args.projections) + at * args.features);
+  }
+
+  // Fetch positions and features of the slice that starts at `start_`, of `route`.
+  __device__ __forceinline__ void fetch(const Span& span, int route, int start_) {
+    start = start_;
+    __syncwarp();  // the last slice is done with
+    const int row = place.lane / 2, t = start + row;
+    const bool valid = t >= span.begin && t < span.end;
+    const int nearest = max(span.begin, min(t, span.end - 1));
+    const int its_pixel = pixel_of<!kOneState>(args, route, span.order, nearest);
+    if (place.lane % 2 == 0) {
+      const bool reversed = span.order == kRowReversed || span.order == kColumnReversed;
+      const int in_band = (reversed ? args.length - 1 - nearest : nearest) - place.band * args.band_length;
+      // One row behind the map takes what positions outside would add.
+      const int its_row = !valid ? args.band_length : args.bands == 1 ? its_pixel : in_band;
+      reinterpret_cast<int*>(rows)[4 * row] = kOneState ? its_pixel * args.channels : its_pixel;
+      reinterpret_cast<int*>(rows)[4 * row + 2] = its_row * kWidth * static_cast<int>(sizeof(float));
+    }
+    const int before = start < span.begin ? span.begin - start : 0, after = start + kRows - span.end;
+    inside = 0xffffu;
+    if (before > 0) inside &= before >= kRows ? 0u : 0xffffu << before;
+    if (after > 0) inside &= after >= kRows ? 0u : 0xffffu >> after;
+    fetch_features(row, its_pixel, valid);
+    __syncwarp();
+  }
+
+  // B comes times ln 2.
+  __device__ __forceinline__ void fetch_features(int row, int its_pixel, bool valid) {
+    const int half = place.lane % 2, skip = layout.rank_padded - args.rank;
+    const int64_t source =
+        multiply_add_wide(its_pixel, args.slots * args.features * static_cast<int>(sizeof(T)), projections) +
+        half * (kRankTiles == 1 ? 2 : 1) * static_cast<int>(sizeof(T));
+    float* target = features + row * layout.feature_stride;
+    if constexpr (kRankTiles == 1) {
+      // An even rank up to 6 and one state: at most four pairs, of which the last is B and C. Two lanes a row take two
+      // each.
+      Packed<T, 2> pair[2] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (valid && 4 * i + 2 * half < args.features)
+          pair[i] = load_constant<Packed<T, 2>>(source + 4 * i * static_cast<int>(sizeof(T)));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 4 * i + 2 * half;
+        if (column < args.rank) {
+          store_pair(target + column, pair[i][0], pair[i][1]);
+        } else if (column == args.rank) {
+          rows[4 * row + 1] = pair[i][0] * kLn2;
+          rows[4 * row + 3] = pair[i][1];
+        }
+      }
+    } else {
+#pragma unroll 4
+      for (int column = half; column < args.features; column += 2) {
+        const float value =
+            valid ? load_constant<Packed<T, 1>>(source + (column - half) * static_cast<int>(sizeof(T)))[0] : 0.0f;
+        const int state = column - args.rank;
+        if (state < 0)
+          target[column] = value;
+        else if constexpr (kOneState)
+          rows[4 * row + (state == 0 ? 1 : 3)] = state == 0 ? value * kLn2 : value;
+        else
+          target[column + skip] = state < args.states ? value * kLn2 : value;
+      }
+    }
+    if (kProjected && half == 0) target[args.rank] = 1.0f;
+  }
+
+  // The pre-activation step sizes of the slice into z, by tensor cores; the weights are there in two parts of 11 bits,
+  // so that nothing is rounded to less than float32 has.
+  __device__ __forceinline__ void project() {
+    constexpr int kTiles = kWidth / 8;
+    const int g = place.lane / 4, t = place.lane % 4;
+    float sum[kTiles][4] = {};
+    const int tiles = kRankTiles == 1 ? 1 : layout.rank_padded / kRankTile;
+#pragma unroll 1
+    for (int depth = 0; depth < tiles; ++depth) {
+      const float* feature = features + g * layout.feature_stride + depth * kRankTile + t;
+      const float p[4] = {feature[0], feature[8 * layout.feature_stride], feature[4],
+                          feature[8 * layout.feature_stride + 4]};
+      uint32_t high[4], low[4];
+      split(p, high, low);
+      const float* weight = weights + 4 * ((4 * depth + t) * layout.weight_stride + g);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const Packed<float, 4> parts = *reinterpret_cast<const Packed<float, 4>*>(weight + 32 * tile);
+        const uint32_t w_high[2] = {__float_as_uint(parts[0]), __float_as_uint(parts[1])};
+        const uint32_t w_low[2] = {__float_as_uint(parts[2]), __float_as_uint(parts[3])};
+        if constexpr (!kIsHalf<T>) mma_16x8x8_tf32(sum[tile], low, w_high);
+        mma_16x8x8_tf32(sum[tile], high, w_low);
+        mma_16x8x8_tf32(sum[tile], high, w_high);
+      }
+      if constexpr (kRankTiles == 1) break;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float* target = z + g * layout.z_stride + 8 * tile + 2 * t;
+      store_pair(target, sum[tile][0], sum[tile][1]);
+      store_pair(target + 8 * layout.z_stride, sum[tile][2], sum[tile][3]);
+    }
+    __syncwarp();
+    if (!is_full()) {
+      const float neutral = has_softplus() ? -INFINITY : 0.0f;
+#pragma unroll 1
+      for (int row = 0; row < kRows; ++row)
+        if (!has(row))
+          for (int v = 0; v < V; ++v) z[row * layout.z_stride + V * place.lane + v] = neutral;
+    }
+  }
+
+  // a as two parts of 11 bits; half-precision numbers are exact in the first.
+  static __device__ __forceinline__ void split(const float (&a)[4], uint32_t (&high)[4], uint32_t (&low)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      high[i] = kIsHalf<T> ? __float_as_uint(a[i]) : to_tf32(a[i]);
+      low[i] = kIsHalf<T> ? 0u : to_tf32(a[i] - __uint_as_float(high[i]));
+    }
+  }
+
+  static __device__ __forceinline__ void store_pair(float* target, float a, float b) {
+    Packed<float, 2> pair;
+    pair.element[0] = a;
+    pair.element[1] = b;
+    *reinterpret_cast<Packed<float, 2>*>(target) = pair;
+  }
+
+  // Step size of a row in units of ln 2; `bias` is used where step sizes are given.
+  __device__ __forceinline__ void step_sizes(int row, const float (&bias)[V], float (&s)[V]) const {
+    if constexpr (kProjected) {
+      const Packed<float, V> raw = *reinterpret_cast<const Packed<float, V>*>(z + row * layout.z_stride + V * place.lane);
+#pragma unroll
+      for (int v = 0; v < V; ++v) s[v] = has_softplus() ? softplus2<T>(raw[v]) : raw[v];
+    } else {
+      const Packed<T, V> raw =
+          load_constant<Packed<T, V>>(delta + offset(row) * static_cast<int64_t>(sizeof(T)));
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float scaled = fmaf(raw[v], kLog2E, bias[v]);
+        s[v] = has(row) ? (has_softplus() ? softplus2<T>(scaled) : scaled) : 0.0f;
+      }
+    }
+  }
+
+  // The step-size weights of a route into shared memory, times log2(e) and in two parts; by the whole block.
+  __device__ __forceinline__ void load_weights(int route, float* target) const {
+    if constexpr (!kProjected) return;
+    const int first = place.group * args.group_channels + place.tile * kWidth;
+    for (int i = threadIdx.x; i < kWidth * layout.rank_padded; i += blockDim.x) {
+      const int channel = i / layout.rank_padded, feature = i % layout.rank_padded;
+      const bool is_valid = place.tile * kWidth + channel < args.group_channels;
+      const int64_t parameter = static_cast<int64_t>(route) * args.channels + first + channel;
+      float weight = 0.0f;
+      if (is_valid && feature < args.rank) weight = args.dt_weight[parameter * args.rank + feature];
+      if (is_valid && feature == args.rank && args.dt_bias != nullptr) weight = args.dt_bias[parameter];
+      weight *= kLog2E;
+      const float high = __uint_as_float(to_tf32(weight)), low = weight - high;
+      // Rows t and t + 4 of a tile beside each other, first their high parts: what a lane needs is one vector.
+      float* place_of = target + 4 * ((feature / kRankTile * 4 + feature % 4) * layout.weight_stride + channel) +
+                        feature % kRankTile / 4;
+      place_of[0] = high;
+      place_of[2] = low == low ? __uint_as_float(to_tf32(low)) : 0.0f;  // an infinite weight has no remainder
+    }
+  }
+
+  // log2(e) times the bias of given step sizes.
+  __device__ __forceinline__ void load_bias(int route, float (&bias)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      bias[v] = !kProjected && place.valid && args.dt_bias != nullptr
+                    ? kLog2E * args.dt_bias[static_cast<int64_t>(route) * args.channels + place.channel + v]
+                    : 0.0f;
+  }
+
+  // Decay rates of a state.
+  __device__ __forceinline__ void load_rates(int route, int state, float (&A)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      A[v] = place.valid ? args.A[(static_cast<int64_t>(route) * args.channels + place.channel + v) * args.states + state]
+                         : 0.0f;
+  }
+};
+
+// Index of element (batch, route, i, state, channel) of a tensor (b, routes, count, n, d).
+template <int V>
+__device__ __forceinline__ int64_t state_index(const ScanArgs& args, const Place<V>& place, int route, int count, int i,
+                                               int state) {
+  const int64_t outer = (static_cast<int64_t>(place.batch) * args.routes + route) * count + i;
+  return (outer * args.states + state) * args.channels + place.channel;
+}
+
+template <int V>
+__device__ __forceinline__ void load_states(const float* source, bool valid, float (&h)[V]) {
+  const Packed<float, 1> zero{};
+#pragma unroll
+  for (int v = 0; v < V; ++v) h[v] = valid ? source[v] : zero[0];
+}
+
+template <int V>
+__device__ __forceinline__ void store_states(float* target, bool valid, const float (&h)[V]) {
+  if (!valid) return;
+#pragma unroll
+  for (int v = 0; v < V; ++v) target[v] = h[v];
+}
+
+}  // namespace mmvmamba

@@ -1,0 +1,425 @@
+// The backward kernel of scan2d, and of selective_scan as a map of one row with given step sizes.
+//
+// Turns run against the time of a route. Within a slice of 16 positions the states are computed again from the one that
+// the forward saved; the adjoint q, the gradient of the state, obeys q = C dy + r with r = decay q of the position
+// after. Between the warps both pass on as in the forward. Gradients shared by channels (of B, C and the features of the
+// step size) are sums over one tile of channels, added over the tiles by another kernel.
+#pragma once
+
+#include "combine.cuh"
+#include "scan2d_gradients.cuh"
+
+namespace mmvmamba {
+
+template <typename T, int V, bool kOneState, int kRankTiles>
+struct BackwardWalk {
+  static constexpr int kWidth = kLanes * V;
+  static constexpr bool kProjected = kRankTiles >= 0;
+  const ScanArgs& args;
+  const Place<V> place;
+  const SharedLayout layout;
+  Slice<T, V, kOneState, kRankTiles> slice;
+  Exchange<V> states, adjoints;
+  float *map, *carry, *dweights;
+  int64_t dy_address;  // of this lane's channel at pixel 0; of zeros for a lane without channel
+  uint32_t dy_scale;   // bytes of an element, 0 for a lane without channel
+  float dA[V], dD[V];
+  int carry_half = 0;
+
+  __device__ __forceinline__ BackwardWalk(const ScanArgs& args_, float* shared)
+      : args(args_),
+        place(args_),
+        layout(kWidth, place.warps, args_.rank, args_.states, kProjected, args_.by_visit ? 0 : args_.band_length + 1, 4,
+               kProjected),
+        slice(args_, layout, place, shared),
+        states{shared + layout.exchange},
+        adjoints{shared + layout.exchange + 4 * place.warps * kWidth},
+        map(shared + layout.map),
+        carry(shared + layout.carry),
+        dweights(shared + layout.dweights) {
+    const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
+    dy_address = place.valid ? hidden(args.grad_out + at) : hidden(zeros());
+    dy_scale = place.valid ? sizeof(float) : 0;
+    if (!args.by_visit)
+      for (int i = threadIdx.x; i < (args.band_length + 1) * kWidth; i += blockDim.x) map[i] = 0.0f;
+  }
+
+  // Four zeros behind the map of features: columns that stay 0.
+  __device__ __forceinline__ const float* zeros() const { return args.zeros; }
+
+  __device__ __forceinline__ void load_dy(int row, float (&dy)[V]) const {
+    const Packed<float, V> packed = load_constant<Packed<float, V>>(dy_at(slice.offset(row)));
+#pragma unroll
+    for (int v = 0; v < V; ++v) dy[v] = packed[v];
+  }
+  __device__ __forceinline__ int64_t dy_at(uint32_t offset) const {
+    return multiply_add_wide_unsigned(offset, dy_scale, dy_address);
+  }
+  __device__ __forceinline__ int64_t dy_at(int64_t offset) const { return dy_address + offset * dy_scale; }
+
+  __device__ __forceinline__ void walk(int route) {
+    const Span span(args, route, place.band);
+    __syncthreads();  // the weights of the route before are done with, and so is the map
+    slice.start_route(route);
+    slice.load_weights(route, const_cast<float*>(slice.weights));
+    float bias[V], rates[V];
+    slice.load_bias(route, bias);
+    slice.load_rates(route, 0, rates);
+#pragma unroll
+    for (int v = 0; v < V; ++v) dA[v] = dD[v] = 0.0f;
+    start(route);
+    __syncthreads();
+    if (kOneState && are_bounded(rates))
+      turns<kOneState>(span, route, rates, bias);
+    else
+      turns<false>(span, route, rates, bias);
+    finish(route);
+  }
+
+  template <bool kBounded>
+  __device__ __forceinline__ void turns(const Span& span, int route, const float (&rates)[V], const float (&bias)[V]) {
+    const int turn = kRows * place.warps, first = span.begin / kChunk * kChunk;
+    const int last = first + (span.end - 1 - first) / turn * turn;
+#pragma unroll 1
+    for (int base = last; base >= first; base -= turn) {
+      slice.fetch(span, route, base + kRows * place.warp);
+      if constexpr (kProjected) slice.project();
+      if constexpr (kOneState)
+        one_state<kBounded>(route, rates, bias);
+      else
+        any_states(route, bias, base == last);
+      carry_half ^= 1;
+      if constexpr (kProjected) {
+        feature_gradients<T, V, kOneState, kRankTiles>(slice, dprojections_of(route));
+        __syncthreads();
+        weight_gradients<T, V, kOneState, kRankTiles>(slice, dweights);
+        __syncthreads();
+      }
+    }
+  }
+
+  // The adjoints at the end of the band, and no gradients of the weights yet.
+  __device__ __forceinline__ void start(int route) {
+    carry_half = 0;
+    for (int state = place.warp; state < args.states; state += place.warps) {
+      float last[V];
+      load_band_state(args, place, route, state, args.grad_last_state, last);
+      store_vector<V>(carried(0, state), last);
+    }
+    if constexpr (kProjected)
+      for (int i = threadIdx.x; i < layout.rank_padded * layout.dweight_stride; i += blockDim.x) dweights[i] = 0.0f;
+  }
+
+  __device__ __forceinline__ float* carried(int half, int state) const {
+    return carry + (half * args.states + state) * kWidth + V * place.lane;
+  }
+
+  __device__ __forceinline__ float* dprojections_of(int route) const {
+    const int rows = args.by_visit ? args.length : args.pixels, slot = args.groups > 1 ? place.group : route;
+    const int64_t at = (static_cast<int64_t>(place.tile) * args.batch + place.batch) * rows * args.slots + slot;
+    return args.dprojections + at * args.features;
+  }
+
+  // The state at the start of the slice, as far as it is in memory: of the slice before, where chunks are two slices.
+  __device__ __forceinline__ void load_saved(int route, int state, float (&h)[V]) const {
+    const int chunk = min(slice.start / kChunk, args.chunks - 1);
+    load_states<V>(args.carries + state_index(args, place, route, args.chunks, chunk, state), place.valid, h);
+  }
+
+  // Pass states and adjoints on between the warps; h and r as they enter this warp's slice.
+  __device__ __forceinline__ void exchange(int state, const SliceEffect<V>& effect, const SliceEffect<V>& adjoint,
+                                           float (&h)[V], float (&r)[V]) {
+    states.publish(place, effect);
+    adjoints.publish(place, adjoint);
+    __syncthreads();
+    if (slice.start % kChunk != 0) Exchange<V>::apply(states.slot(place, place.warp - 1), h);
+    states.half ^= 1;
+    load_vector<V>(carried(carry_half, state), r);
+    adjoints.backward(place, r);
+  }
+
+  template <bool kBounded>
+  __device__ __forceinline__ void one_state(int route, const float (&rates)[V], const float (&bias)[V]) {
+    float s[kRows][V], decay[kRows][V], dy[kRows][V], h[V], r[V];
+    Packed<T, V> x[kRows];
+    SliceEffect<V> effect, adjoint;
+    load_saved(route, 0, h);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      x[row] = slice.load_x(row);
+      load_dy(row, dy[row]);
+      slice.step_sizes(row, bias, s[row]);
+      const float B = slice.B(row, 0);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        float exponent;
+        decay[row][v] = step_decay<kBounded>(rates[v], s[row][v], exponent);
+        effect.log_decay[v] += exponent;
+        effect.end[v] = fmaf(decay[row][v], effect.end[v], s[row][v] * B * x[row][v]);
+      }
+    }
+    adjoint_effect(decay, dy, 0, adjoint);
+#pragma unroll
+    for (int v = 0; v < V; ++v) adjoint.log_decay[v] = effect.log_decay[v];
+    exchange(0, effect, adjoint, h, r);
+    float sums[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      store_vector<V>(scratch(row), h);
+      const float B = slice.B(row, 0);
+      sums[row] = 0.0f;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        h[v] = fmaf(decay[row][v], h[v], s[row][v] * B * x[row][v]);
+        sums[row] = fmaf(dy[row][v], h[v], sums[row]);
+      }
+    }
+    write_row_sums(sums, route, args.rank + 1, 1.0f);
+#pragma unroll
+    for (int row = kRows - 1; row >= 0; --row) {
+      const float B = slice.B(row, 0), C = slice.C(row, 0);
+      float* target = slice.map_row(map, row);
+      float before[V], dx[V], dz[V];
+      load_vector<V>(scratch(row), before);
+      load_vector<V>(target, dx);
+      sums[row] = 0.0f;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float q = fmaf(C, dy[row][v], r[v]);
+        r[v] = decay[row][v] * q;
+        const float drate = r[v] * before[v], qx = q * x[row][v];
+        dA[v] = fmaf(drate, s[row][v], dA[v]);
+        sums[row] = fmaf(qx, s[row][v], sums[row]);
+        dx[v] = fmaf(q * s[row][v], B, dx[v]);
+        dz[v] = fmaf(qx, B, rates[v] * kLn2 * drate) * softplus_slope(s[row][v]);
+        if constexpr (kIsHalf<T>) dz[v] = __uint_as_float(to_tf32(dz[v]));
+      }
+      store_vector<V>(target, dx);
+      store_vector<V>(scratch(row), dz);
+    }
+    write_row_sums(sums, route, args.rank, kLn2);
+    if (place.warp == 0) store_vector<V>(carried(carry_half ^ 1, 0), r);
+    drop_rows_outside();
+  }
+
+  // This lane's part of a row of scratch memory: z, which is done with; then states, then the gradients of z.
+  __device__ __forceinline__ float* scratch(int row) const { return slice.z + row * layout.z_stride + V * place.lane; }
+
+  // The derivative of softplus from its value in units of ln 2: 1 - 2^-s.
+  __device__ __forceinline__ float softplus_slope(float s) const {
+    return slice.has_softplus() ? 1.0f - exp2_approx(-s) : 1.0f;
+  }
+
+  __device__ __forceinline__ void adjoint_effect(const float (&decay)[kRows][V], const float (&dy)[kRows][V], int state,
+                                                 SliceEffect<V>& adjoint) const {
+#pragma unroll
+    for (int row = kRows - 1; row >= 0; --row) {
+      const float C = slice.C(row, state);
+#pragma unroll
+      for (int v = 0; v < V; ++v) adjoint.end[v] = decay[row][v] * fmaf(C, dy[row][v], adjoint.end[v]);
+    }
+  }
+
+  // What positions outside the span must not give to the gradients of the weights.
+  __device__ __forceinline__ void drop_rows_outside() const {
+    if (slice.is_full()) return;
+    const float nothing[V] = {};
+#pragma unroll 1
+    for (int row = 0; row < kRows; ++row)
+      if (!slice.has(row)) store_vector<V>(scratch(row), nothing);
+  }
+
+  // Sum every row over the lanes and write it as gradient of feature `column`, times `factor`.
+  __device__ __forceinline__ void write_row_sums(float (&sums)[kRows], int route, int column, float factor) const {
+    const float sum = sum_rows(sums, place.lane);
+    const int row = place.lane / 2;
+    if (place.lane % 2 == 0 && slice.has(row)) store_feature(slice, dprojections_of(route), row, column, factor * sum);
+  }
+
+  __device__ __forceinline__ void any_states(int route, const float (&bias)[V], bool first_turn) {
+    float s[kRows][V], x[kRows][V], dy[kRows][V], ds[kRows][V] = {}, dx[kRows][V] = {};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const Packed<T, V> packed = slice.load_x(row);
+      load_dy(row, dy[row]);
+      slice.step_sizes(row, bias, s[row]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[row][v] = packed[v];
+    }
+#pragma unroll 1
+    for (int state = 0; state < args.states; ++state) one_of_many(route, state, first_turn, s, x, dy, ds, dx);
+    if (args.by_visit)
+      write_visits(route, x, dy, dx);
+    else
+      add_to_map(dx);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float dz[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) dz[v] = ds[row][v] * softplus_slope(s[row][v]);
+      if constexpr (kProjected)
+        store_vector<V>(scratch(row), dz);
+      else if (slice.has(row))
+        write_ddelta(row, dz);
+    }
+    if constexpr (kProjected) drop_rows_outside();
+  }
+
+  __device__ __forceinline__ void one_of_many(int route, int state, bool first_turn, const float (&s)[kRows][V],
+                                              const float (&x)[kRows][V], const float (&dy)[kRows][V],
+                                              float (&ds)[kRows][V], float (&dx)[kRows][V]) {
+    float rates[V], decay[kRows][V], h[V], r[V], dA_here[V] = {}, sums[kRows];
+    slice.load_rates(route, state, rates);
+    load_saved(route, state, h);
+    SliceEffect<V> effect, adjoint;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float B = slice.B(row, state);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        float exponent;
+        decay[row][v] = step_decay(rates[v], s[row][v], exponent);
+        effect.log_decay[v] += exponent;
+        effect.end[v] = fmaf(decay[row][v], effect.end[v], s[row][v] * B * x[row][v]);
+      }
+    }
+    adjoint_effect(decay, dy, state, adjoint);
+#pragma unroll
+    for (int v = 0; v < V; ++v) adjoint.log_decay[v] = effect.log_decay[v];
+    exchange(state, effect, adjoint, h, r);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      store_vector<V>(scratch(row), h);
+      const float B = slice.B(row, state);
+      sums[row] = 0.0f;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        h[v] = fmaf(decay[row][v], h[v], s[row][v] * B * x[row][v]);
+        sums[row] = fmaf(dy[row][v], h[v], sums[row]);
+      }
+    }
+    write_row_sums(sums, route, args.rank + args.states + state, 1.0f);
+#pragma unroll
+    for (int row = kRows - 1; row >= 0; --row) {
+      const float B = slice.B(row, state), C = slice.C(row, state);
+      float before[V];
+      load_vector<V>(scratch(row), before);
+      sums[row] = 0.0f;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float q = fmaf(C, dy[row][v], r[v]);
+        r[v] = decay[row][v] * q;
+        const float drate = r[v] * before[v], qx = q * x[row][v];
+        dA_here[v] = fmaf(drate, s[row][v], dA_here[v]);
+        sums[row] = fmaf(qx, s[row][v], sums[row]);
+        dx[row][v] = fmaf(q * s[row][v], B, dx[row][v]);
+        ds[row][v] = fmaf(qx, B, fmaf(rates[v] * kLn2, drate, ds[row][v]));
+      }
+    }
+    write_row_sums(sums, route, args.rank + state, kLn2);
+    if (place.warp == 0) store_vector<V>(carried(carry_half ^ 1, state), r);
+    add_dA(route, state, first_turn, dA_here);
+  }
+
+  // Index of this warp's partial sum for a route and channel.
+  __device__ __forceinline__ int64_t partial(int route) const {
+    const int64_t outer = (static_cast<int64_t>(place.batch) * args.bands + place.band) * place.warps + place.warp;
+    return (outer * args.routes + route) * args.channels + place.channel;
+  }
+
+  __device__ __forceinline__ void add_dA(int route, int state, bool first_turn, const float (&more)[V]) const {
+    if (!place.valid) return;
+    float* target = args.dA + partial(route) * args.states + state;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float before = first_turn ? 0.0f : target[v * args.states];
+      target[v * args.states] = fmaf(kLn2, more[v], before);
+    }
+  }
+
+  __device__ __forceinline__ void add_to_map(const float (&dx)[kRows][V]) const {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float* target = slice.map_row(map, row);
+#pragma unroll
+      for (int v = 0; v < V; ++v) target[v] += dx[row][v];
+    }
+  }
+
+  __device__ __forceinline__ void write_visits(int route, const float (&x)[kRows][V], const float (&dy)[kRows][V],
+                                               const float (&dx)[kRows][V]) {
+    float skip[V] = {};
+    if (args.D != nullptr)
+      load_states<V>(args.D + static_cast<int64_t>(route) * args.channels + place.channel, place.valid, skip);
+    const int64_t first = (static_cast<int64_t>(place.batch) * args.routes + route) * args.length;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (!slice.has(row) || !place.valid) continue;
+      float* target = args.dx + (first + slice.start + row) * args.channels + place.channel;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        target[v] = args.D == nullptr ? dx[row][v] : fmaf(skip[v], dy[row][v], dx[row][v]);
+        dD[v] = fmaf(dy[row][v], x[row][v], dD[v]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write_ddelta(int row, const float (&dz)[V]) const {
+    if (!place.valid) return;
+    const int64_t at = static_cast<int64_t>(place.batch) * args.length + slice.start + row;
+#pragma unroll
+    for (int v = 0; v < V; ++v) args.ddelta[at * args.channels + place.channel + v] = kLog2E * dz[v];
+  }
+
+  // The gradients of a route's parameters, summed over the turns.
+  __device__ __forceinline__ void finish(int route) {
+    if (place.valid) {
+      if constexpr (kOneState)
+#pragma unroll
+        for (int v = 0; v < V; ++v) args.dA[partial(route) + v] = kLn2 * dA[v];
+      if (args.by_visit && args.dD != nullptr) store_states<V>(args.dD + partial(route), true, dD);
+    }
+    if constexpr (kProjected) {
+      __syncthreads();
+      write_weight_gradients(slice, route, dweights);
+    }
+  }
+
+  // The gradient of the map of the band, and with it, once for all routes, that of the skips.
+  __device__ __forceinline__ void write_map() {
+    __syncthreads();
+    const Order order = args.bands > 1 && args.axes == kColumnAxis ? kColumn : kRow;
+    const int from = place.band * args.band_length, until = min(from + args.band_length, args.length);
+    const bool skips = args.first_launch && args.D != nullptr;
+    float skip[V] = {}, sum[V] = {};
+    for (int route = 0; route < args.routes && skips && place.valid; ++route)
+#pragma unroll
+      for (int v = 0; v < V; ++v) skip[v] += args.D[static_cast<int64_t>(route) * args.channels + place.channel + v];
+    if (!place.valid) return;
+    for (int i = from + place.warp; i < until; i += place.warps) {
+      const int pixel = pixel_of<false>(args, 0, order, i);
+      const int64_t at = (static_cast<int64_t>(place.batch) * args.pixels + pixel) * args.channels + place.channel;
+      const Packed<T, V> x = load_packed<T, V>(static_cast<const T*>(args.x) + at, skips);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float dy = skips ? args.grad_out[at + v] : 0.0f;
+        sum[v] = fmaf(dy, x[v], sum[v]);
+        const float before = args.first_launch ? skip[v] * dy : args.dx[at + v];
+        args.dx[at + v] = before + map[(i - from) * kWidth + V * place.lane + v];
+      }
+    }
+    for (int route = 0; route < args.routes && skips; ++route) store_states<V>(args.dD + partial(route), true, sum);
+  }
+};
+
+template <typename T, int V, bool kOneState, int kRankTiles>
+__global__ void __launch_bounds__(kLanes* kMaxBackwardWarps, kOneState ? 3 : 2)
+    scan2d_backward_kernel(const __grid_constant__ ScanArgs args) {
+  MMVMAMBA_SHARED(float, shared);
+  BackwardWalk<T, V, kOneState, kRankTiles> walk(args, shared);
+  for (int route = 0; route < args.routes; ++route)
+    if (in_launch(args, route)) walk.walk(route);
+  if (!args.by_visit) walk.write_map();
+}
+
+}  // namespace mmvmamba
