@@ -98,7 +98,7 @@ def routes(kind: str, length: int) -> tuple[tuple[ScanOrder, ...] | Tensor, int,
     """Orders of that kind with routes of ``length``, and the size of a map for them."""
     orders = ORDERS[kind]
     if orders is not None:
-        h = next(h for h in (8, 5, 3, 31, 1) if length % h == 0)
+        h = next(h for h in (33, 8, 5, 3, 31, 1) if length % h == 0)
         return orders, h, length // h
     if kind == "repeats":
         h, w = (2, length // 3) if length >= 3 else (1, 1)
@@ -138,12 +138,24 @@ def test_shapes_of_scan2d(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError(f"{dtype}, r {r}, n {n}, {kind}, l {length}, d {d}: {error}") from error
 
 
-@pytest.mark.parametrize("plan", PLANS)
+# Channels, states and rank: two channels a lane with a small even rank and with any, one channel, any number of states.
+VARIANTS = {"pairs, r 6": (40, 1, 6), "pairs": (40, 1, 12), "singles": (20, 1, 5), "states": (20, 3, 6)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ORDERS)
-def test_every_order_on_every_plan(kind: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A map that is long enough for several bands, as models have it: r = 6, n = 1."""
-    use_plan(monkeypatch, plan)
-    check(scan2d_of(kind, 400, 40, 1, 6, torch.float32, with_options=True), "emulated")
+def test_every_order_and_variant_on_every_plan(kind: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map so long that it is cut into bands where there are more multiprocessors than blocks."""
+    dtype = DTYPES[(list(ORDERS).index(kind) + list(VARIANTS).index(variant)) % len(DTYPES)]
+    sample = scan2d_of(kind, 1122, *VARIANTS[variant], dtype, with_options=True)
+    expected_out, expected_grads = sample.gradients("reference", double=True)
+    for plan in PLANS:
+        use_plan(monkeypatch, plan)
+        out, grads = sample.gradients(None)
+        assert_close(f"out, {plan}", out, expected_out, FORWARD_BOUND[dtype])
+        for name, grad in grads.items():
+            bounds = STREAM_GRAD_BOUND if name in sample.streams else PARAMETER_GRAD_BOUND
+            assert_close(f"gradient of {name}, {plan}", grad, expected_grads[name], bounds[dtype])
 
 
 @pytest.mark.parametrize("plan", PLANS)
