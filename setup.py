@@ -46,7 +46,7 @@ TORCH_MIN = "2.10"
 TORCH_TARGET_VERSION = "0x020a000000000000"
 PYTHON_TAG = "cp310"  # must agree with requires-python in pyproject.toml
 SETUPTOOLS_MIN = 77  # the first that reads the licence fields of pyproject.toml
-DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;9.0+PTX"
+DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
 # PyTorch's own names of generations, which its BuildExtension replaces by numbers.
 CUDA_ARCH_NAMES = "Kepler|Maxwell|Pascal|Volta|Turing|Ampere|Ada|Hopper|Blackwell"
 NVCC_SECONDS = 60  # it answers in well under a second; the rest is for a slow network disk

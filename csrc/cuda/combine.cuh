@@ -93,7 +93,8 @@ __device__ __forceinline__ void load_band_state(const ScanArgs& args, const Plac
 #pragma unroll
   for (int v = 0; v < V; ++v)  // (b, d, n)
     h[v] = without_bands != nullptr && place.valid
-               ? without_bands[(static_cast<int64_t>(place.batch) * args.channels + place.channel + v) * args.states + state]
+               ? without_bands[(static_cast<int64_t>(place.batch) * args.channels + place.channel + v) * args.states +
+                               state]
                : 0.0f;
 }
 

@@ -1,7 +1,7 @@
 // The device as the kernels see it: element types, approximate functions, tensor-core products, launches.
 //
-// The kernels include nothing else, so that g++ can compile them for the emulator of ../check/cuda_emulator.hh and their
-// numbers can be tested where there is no GPU.
+// The kernels include nothing else, so that g++ can compile them for the emulator of ../check/cuda_emulator.hh and
+// their numbers can be tested where there is no GPU.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include "../check/cuda_emulator.hh"
 namespace mmvmamba {
 inline int64_t multiply_add_wide(int a, int b, int64_t c) { return static_cast<int64_t>(a) * b + c; }
-inline int64_t multiply_add_wide_unsigned(uint32_t a, uint32_t b, int64_t c) { return static_cast<int64_t>(static_cast<uint64_t>(a) * b) + c; }
+inline int atomicExch(int* at, int value) { return __atomic_exchange_n(at, value, __ATOMIC_RELAXED); }
 template <typename Object>
 int64_t hidden(const Object* pointer) {
   return reinterpret_cast<int64_t>(pointer);
@@ -52,12 +52,6 @@ __device__ __forceinline__ int64_t multiply_add_wide(int a, int b, int64_t c) {
   return y;
 }
 
-__device__ __forceinline__ int64_t multiply_add_wide_unsigned(uint32_t a, uint32_t b, int64_t c) {
-  int64_t y;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(y) : "r"(a), "r"(b), "l"(c));
-  return y;
-}
-
 // An address whose origin the compiler does not see, so that it stays in registers and is not computed again and again.
 template <typename Object>
 __device__ __forceinline__ int64_t hidden(const Object* pointer) {
@@ -89,13 +83,6 @@ __device__ __forceinline__ Object load_constant(int64_t address) {
 __device__ __forceinline__ float min_nan(float a, float b) {
   float y;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-
-// Rounded to the 10 bits of mantissa that tensor cores read.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
 
@@ -131,6 +118,9 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// The part of a number that the tensor cores read, its first 11 bits; what is left is read as a second part.
+__device__ __forceinline__ float first_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 
 template <typename T>
 constexpr bool kIsHalf = sizeof(T) == 2;

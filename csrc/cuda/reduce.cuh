@@ -75,7 +75,8 @@ __global__ void merge_visits_kernel(const float* visits, const int* head, const 
   for (int route = 0; route < routes; ++route) {
     const int first = head[static_cast<int64_t>(route) * pixels + pixel];
     const int* list = next + static_cast<int64_t>(route) * length;
-    for (int visit = next_visit(first, list, -1, length); visit < length; visit = next_visit(first, list, visit, length))
+    for (int visit = next_visit(first, list, -1, length); visit < length;
+         visit = next_visit(first, list, visit, length))
       sum += visits[((batch * routes + route) * length + visit) * width + column];
   }
   out[i] = from_float<T>(sum);
@@ -96,7 +97,8 @@ __global__ void merge_slots_kernel(const float* visits, const int* head, const i
   float sum = 0.0f;
   for (int visit = next_visit(first, list, -1, length); visit < length; visit = next_visit(first, list, visit, length))
     for (int tile = 0; tile < tiles; ++tile)
-      sum += visits[(((static_cast<int64_t>(tile) * batches + batch) * length + visit) * routes + route) * width + column];
+      sum +=
+          visits[(((static_cast<int64_t>(tile) * batches + batch) * length + visit) * routes + route) * width + column];
   out[i] = from_float<T>(sum);
 }
 

@@ -45,12 +45,11 @@ struct ScanArgs {
   float *band_decay, *band_state;
   // Backward. Gradients of parameters and of the projections are partial sums.
   const float *grad_out, *grad_last_state;
-  const float* zeros;    // some
-  float *dx, *ddelta;    // as out
-  float* dprojections;   // (tiles, b, pixels or length, slots, features)
-  float* ddt_weight;     // (b, bands, routes, d, r)
-  float* ddt_bias;       // (b, bands, routes, d)
-  float *dA, *dD;        // (b, bands, warps, routes, d, n), (b, bands, warps, routes, d)
+  float *dx, *ddelta;   // as out
+  float* dprojections;  // (tiles, b, pixels or length, slots, features)
+  float* ddt_weight;    // (b, bands, routes, d, r)
+  float* ddt_bias;      // (b, bands, routes, d); of given step sizes (b, bands, warps, routes, d)
+  float *dA, *dD;       // (b, bands, warps, routes, d, n), (b, bands, warps, routes, d)
   int batch, height, width, pixels, length;
   int channels, groups, group_channels;  // channels = groups * group_channels
   int routes, states, rank, features, slots;
@@ -70,14 +69,14 @@ __device__ __forceinline__ int divide(int x, const Divider& by) {
 
 // Where the arrays of a block lie in its shared memory, in floats.
 struct SharedLayout {
-  int weights, rows, features, z, exchange, carry, dweights, map, size;
+  int weights, rows, pixels, features, z, exchange, carry, dweights, map, size;
   int weight_stride, feature_stride, z_stride, dweight_stride, rank_padded;
 
   __host__ __device__ __forceinline__ SharedLayout(int width, int warps, int rank, int states, bool projected,
                                                    int map_rows, int exchanged, bool backward) {
     // One column more than the rank, which holds 1: its weight is the bias.
     rank_padded = projected ? (rank / kRankTile + 1) * kRankTile : 0;
-    weight_stride = width + 2;                                    // of four floats: banks 8 apart for the rows of a tile
+    weight_stride = width + 2;  // of four floats: banks 8 apart for the rows of a tile
     feature_stride = (rank_padded + 2 * states + 7) / 8 * 8 + 4;  // banks 4 apart for the eight rows of a tile
     z_stride = width + 8;
     int at = 0;
@@ -88,6 +87,7 @@ struct SharedLayout {
     };
     weights = take(2 * rank_padded * weight_stride);  // rank_padded / 8 times 4 rows of 4 floats
     rows = take(4 * warps * kRows);
+    pixels = take(warps * kRows);
     features = take(warps * kRows * feature_stride);
     z = take(warps * kRows * z_stride);
     exchange = take(2 * exchanged * warps * width);
@@ -104,8 +104,9 @@ template <int V>
 struct Place {
   int lane, warp, warps;
   int batch, band, group, tile;
-  int channel;  // of this lane, counted over all groups
-  bool valid;   // whether the lane has a channel
+  int channel;     // of this lane, counted over all groups
+  bool valid;      // whether the lane has a channel; else it computes with the first one, and nobody reads its results
+  bool full_tile;  // whether all lanes have
 
   __device__ __forceinline__ explicit Place(const ScanArgs& args) {
     lane = threadIdx.x % kLanes;
@@ -120,6 +121,7 @@ struct Place {
     batch = rest / args.bands;
     const int within = tile * kLanes * V + V * lane;
     valid = within < args.group_channels;
+    full_tile = (tile + 1) * kLanes * V <= args.group_channels;
     channel = group * args.group_channels + (valid ? within : 0);
   }
 };
@@ -201,17 +203,19 @@ struct Slice {
   // Copies: references into the same object would keep all of it in memory.
   const SharedLayout layout;
   const Place<V> place;
+  int* pixels;                 // this warp's, of every row
   float *rows, *features, *z;  // this warp's; of a row: offset, B, map, C (B and C of one state only)
   const float* weights;
   int64_t x, delta;     // addresses of this lane's channel at pixel 0
   int64_t projections;  // address of this block's slot at pixel 0
-  uint32_t inside;     // bit i: row i is in the span
-  int start;           // position of row 0
+  uint32_t inside;      // bit i: row i is in the span
+  int start;            // position of row 0
 
   __device__ __forceinline__ Slice(const ScanArgs& args_, const SharedLayout& layout_, const Place<V>& place_,
                                    float* shared)
       : args(args_), layout(layout_), place(place_), inside(0), start(0) {
     rows = shared + layout.rows + place.warp * 4 * kRows;
+    pixels = reinterpret_cast<int*>(shared + layout.pixels) + place.warp * kRows;
     features = shared + layout.features + place.warp * kRows * layout.feature_stride;
     z = shared + layout.z + place.warp * kRows * layout.z_stride;
     weights = shared + layout.weights;
@@ -227,19 +231,19 @@ struct Slice {
   __device__ __forceinline__ bool has_softplus() const { return kOneState || args.delta_softplus; }
   __device__ __forceinline__ bool is_full() const { return inside == 0xffffu; }
   __device__ __forceinline__ bool has(int row) const { return (inside >> row) & 1; }
-  // Where results of a row go: its pixel, or its position.
-  __device__ __forceinline__ int result_row(int row) const {
-    return args.by_visit ? start + row : reinterpret_cast<const int*>(rows)[4 * row];
-  }
-  // Index of the first channel of a row's pixel within the batch entry.
-  __device__ __forceinline__ auto offset(int row) const {
-    const int stored = reinterpret_cast<const int*>(rows)[4 * row];
-    // The kernels for one state are launched for images of less than 2^32 elements only: one instruction less.
+  __device__ __forceinline__ int pixel(int row) const { return pixels[row]; }
+  // The element at `base` (which is of pixel 0) of a row's pixel. The kernels for one state are launched for images of
+  // less than 2^32 elements only, so that an address is one multiplication by a constant.
+  template <typename Object, int kElementSize>
+  __device__ __forceinline__ Object load(int64_t base, int row) const {
     if constexpr (kOneState)
-      return static_cast<uint32_t>(stored);
+      return load_constant<Object>(base + static_cast<int64_t>(reinterpret_cast<const uint32_t*>(rows)[4 * row]) *
+                                              kElementSize);
     else
-      return static_cast<int64_t>(stored) * args.channels;
+      return load_constant<Object>(base + static_cast<int64_t>(pixel(row)) * args.channels * kElementSize);
   }
+  // Where results of a row go: its pixel, or its position.
+  __device__ __forceinline__ int result_row(int row) const { return args.by_visit ? start + row : pixel(row); }
   // This lane's place in the row of the map in shared memory: the pixel where the block has the whole map, else the
   // place in the band.
   __device__ __forceinline__ float* map_row(float* map, int row) const {
@@ -255,7 +259,7 @@ struct Slice {
     return features[row * layout.feature_stride + layout.rank_padded + args.states + state];
   }
   __device__ __forceinline__ Packed<T, V> load_x(int row) const {  // of a lane without channel: of channel 0
-    return load_constant<Packed<T, V>>(x + offset(row) * static_cast<int64_t>(sizeof(T)));
+    return load<Packed<T, V>, sizeof(T)>(x, row);
   }
 
   // To be called before the first `fetch` of a route.
@@ -278,7 +282,9 @@ struct Slice {
       const int in_band = (reversed ? args.length - 1 - nearest : nearest) - place.band * args.band_length;
       // One row behind the map takes what positions outside would add.
       const int its_row = !valid ? args.band_length : args.bands == 1 ? its_pixel : in_band;
-      reinterpret_cast<int*>(rows)[4 * row] = kOneState ? its_pixel * args.channels : its_pixel;
+      pixels[row] = its_pixel;
+      reinterpret_cast<uint32_t*>(rows)[4 * row] =
+          static_cast<uint32_t>(its_pixel) * static_cast<uint32_t>(args.channels);
       reinterpret_cast<int*>(rows)[4 * row + 2] = its_row * kWidth * static_cast<int>(sizeof(float));
     }
     const int before = start < span.begin ? span.begin - start : 0, after = start + kRows - span.end;
@@ -377,8 +383,9 @@ struct Slice {
   static __device__ __forceinline__ void split(const float (&a)[4], uint32_t (&high)[4], uint32_t (&low)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      high[i] = kIsHalf<T> ? __float_as_uint(a[i]) : to_tf32(a[i]);
-      low[i] = kIsHalf<T> ? 0u : to_tf32(a[i] - __uint_as_float(high[i]));
+      const float first = first_part(a[i]);
+      high[i] = __float_as_uint(kIsHalf<T> ? a[i] : first);
+      low[i] = __float_as_uint(kIsHalf<T> ? 0.0f : a[i] - first);
     }
   }
 
@@ -392,12 +399,12 @@ struct Slice {
   // Step size of a row in units of ln 2; `bias` is used where step sizes are given.
   __device__ __forceinline__ void step_sizes(int row, const float (&bias)[V], float (&s)[V]) const {
     if constexpr (kProjected) {
-      const Packed<float, V> raw = *reinterpret_cast<const Packed<float, V>*>(z + row * layout.z_stride + V * place.lane);
+      const Packed<float, V> raw =
+          *reinterpret_cast<const Packed<float, V>*>(z + row * layout.z_stride + V * place.lane);
 #pragma unroll
       for (int v = 0; v < V; ++v) s[v] = has_softplus() ? softplus2<T>(raw[v]) : raw[v];
     } else {
-      const Packed<T, V> raw =
-          load_constant<Packed<T, V>>(delta + offset(row) * static_cast<int64_t>(sizeof(T)));
+      const Packed<T, V> raw = load<Packed<T, V>, sizeof(T)>(delta, row);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float scaled = fmaf(raw[v], kLog2E, bias[v]);
@@ -418,12 +425,12 @@ struct Slice {
       if (is_valid && feature < args.rank) weight = args.dt_weight[parameter * args.rank + feature];
       if (is_valid && feature == args.rank && args.dt_bias != nullptr) weight = args.dt_bias[parameter];
       weight *= kLog2E;
-      const float high = __uint_as_float(to_tf32(weight)), low = weight - high;
+      const float high = first_part(weight), low = weight - high;
       // Rows t and t + 4 of a tile beside each other, first their high parts: what a lane needs is one vector.
       float* place_of = target + 4 * ((feature / kRankTile * 4 + feature % 4) * layout.weight_stride + channel) +
                         feature % kRankTile / 4;
       place_of[0] = high;
-      place_of[2] = low == low ? __uint_as_float(to_tf32(low)) : 0.0f;  // an infinite weight has no remainder
+      place_of[2] = low == low ? low : 0.0f;  // an infinite weight has no remainder
     }
   }
 
@@ -440,8 +447,9 @@ struct Slice {
   __device__ __forceinline__ void load_rates(int route, int state, float (&A)[V]) const {
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      A[v] = place.valid ? args.A[(static_cast<int64_t>(route) * args.channels + place.channel + v) * args.states + state]
-                         : 0.0f;
+      A[v] = place.valid
+                 ? args.A[(static_cast<int64_t>(route) * args.channels + place.channel + v) * args.states + state]
+                 : 0.0f;
   }
 };
 

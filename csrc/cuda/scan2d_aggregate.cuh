@@ -60,7 +60,8 @@ struct AggregateWalk {
       const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        value[row][v] = kAdjoint ? args.grad_out[at + slice.offset(row) + v] : s[row][v] * x[v];
+        value[row][v] = kAdjoint ? args.grad_out[at + static_cast<int64_t>(slice.pixel(row)) * args.channels + v]
+                                 : s[row][v] * x[v];
     }
 #pragma unroll 1
     for (int state = 0; state < args.states; ++state) {

@@ -2,8 +2,8 @@
 //
 // Turns run against the time of a route. Within a slice of 16 positions the states are computed again from the one that
 // the forward saved; the adjoint q, the gradient of the state, obeys q = C dy + r with r = decay q of the position
-// after. Between the warps both pass on as in the forward. Gradients shared by channels (of B, C and the features of the
-// step size) are sums over one tile of channels, added over the tiles by another kernel.
+// after. Between the warps both pass on as in the forward. Gradients shared by channels (of B, C and the features of
+// the step size) are sums over one tile of channels, added over the tiles by another kernel.
 #pragma once
 
 #include "combine.cuh"
@@ -21,9 +21,8 @@ struct BackwardWalk {
   Slice<T, V, kOneState, kRankTiles> slice;
   Exchange<V> states, adjoints;
   float *map, *carry, *dweights;
-  int64_t dy_address;  // of this lane's channel at pixel 0; of zeros for a lane without channel
-  uint32_t dy_scale;   // bytes of an element, 0 for a lane without channel
-  float dA[V], dD[V];
+  int64_t grad_out;  // address of this lane's channel at pixel 0
+  float dA[V], dD[V], dbias[V];
   int carry_half = 0;
 
   __device__ __forceinline__ BackwardWalk(const ScanArgs& args_, float* shared)
@@ -38,24 +37,16 @@ struct BackwardWalk {
         carry(shared + layout.carry),
         dweights(shared + layout.dweights) {
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
-    dy_address = place.valid ? hidden(args.grad_out + at) : hidden(zeros());
-    dy_scale = place.valid ? sizeof(float) : 0;
+    grad_out = hidden(args.grad_out + at);
     if (!args.by_visit)
       for (int i = threadIdx.x; i < (args.band_length + 1) * kWidth; i += blockDim.x) map[i] = 0.0f;
   }
 
-  // Four zeros behind the map of features: columns that stay 0.
-  __device__ __forceinline__ const float* zeros() const { return args.zeros; }
-
   __device__ __forceinline__ void load_dy(int row, float (&dy)[V]) const {
-    const Packed<float, V> packed = load_constant<Packed<float, V>>(dy_at(slice.offset(row)));
+    const Packed<float, V> packed = slice.template load<Packed<float, V>, sizeof(float)>(grad_out, row);
 #pragma unroll
     for (int v = 0; v < V; ++v) dy[v] = packed[v];
   }
-  __device__ __forceinline__ int64_t dy_at(uint32_t offset) const {
-    return multiply_add_wide_unsigned(offset, dy_scale, dy_address);
-  }
-  __device__ __forceinline__ int64_t dy_at(int64_t offset) const { return dy_address + offset * dy_scale; }
 
   __device__ __forceinline__ void walk(int route) {
     const Span span(args, route, place.band);
@@ -66,7 +57,7 @@ struct BackwardWalk {
     slice.load_bias(route, bias);
     slice.load_rates(route, 0, rates);
 #pragma unroll
-    for (int v = 0; v < V; ++v) dA[v] = dD[v] = 0.0f;
+    for (int v = 0; v < V; ++v) dA[v] = dD[v] = dbias[v] = 0.0f;
     start(route);
     __syncthreads();
     if (kOneState && are_bounded(rates))
@@ -140,7 +131,7 @@ struct BackwardWalk {
 
   template <bool kBounded>
   __device__ __forceinline__ void one_state(int route, const float (&rates)[V], const float (&bias)[V]) {
-    float s[kRows][V], decay[kRows][V], dy[kRows][V], h[V], r[V];
+    float s[kRows][V], decay[kRows][V], dy[kRows][V], h[V], r[V], scaled[V];
     Packed<T, V> x[kRows];
     SliceEffect<V> effect, adjoint;
     load_saved(route, 0, h);
@@ -150,31 +141,30 @@ struct BackwardWalk {
       load_dy(row, dy[row]);
       slice.step_sizes(row, bias, s[row]);
       const float B = slice.B(row, 0);
+      float input[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         float exponent;
         decay[row][v] = step_decay<kBounded>(rates[v], s[row][v], exponent);
         effect.log_decay[v] += exponent;
-        effect.end[v] = fmaf(decay[row][v], effect.end[v], s[row][v] * B * x[row][v]);
+        input[v] = s[row][v] * B * x[row][v];
+        effect.end[v] = fmaf(decay[row][v], effect.end[v], input[v]);
       }
+      store_vector<V>(scratch(row), input);
     }
     adjoint_effect(decay, dy, 0, adjoint);
 #pragma unroll
-    for (int v = 0; v < V; ++v) adjoint.log_decay[v] = effect.log_decay[v];
+    for (int v = 0; v < V; ++v) adjoint.log_decay[v] = effect.log_decay[v], scaled[v] = kLn2 * rates[v];
     exchange(0, effect, adjoint, h, r);
-    float sums[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
+      float input[V];
+      load_vector<V>(scratch(row), input);
       store_vector<V>(scratch(row), h);
-      const float B = slice.B(row, 0);
-      sums[row] = 0.0f;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        h[v] = fmaf(decay[row][v], h[v], s[row][v] * B * x[row][v]);
-        sums[row] = fmaf(dy[row][v], h[v], sums[row]);
-      }
+      for (int v = 0; v < V; ++v) h[v] = fmaf(decay[row][v], h[v], input[v]);
     }
-    write_row_sums(sums, route, args.rank + 1, 1.0f);
+    float dB[kRows], dC[kRows];
 #pragma unroll
     for (int row = kRows - 1; row >= 0; --row) {
       const float B = slice.B(row, 0), C = slice.C(row, 0);
@@ -182,32 +172,35 @@ struct BackwardWalk {
       float before[V], dx[V], dz[V];
       load_vector<V>(scratch(row), before);
       load_vector<V>(target, dx);
-      sums[row] = 0.0f;
+      dB[row] = dC[row] = 0.0f;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float q = fmaf(C, dy[row][v], r[v]);
         r[v] = decay[row][v] * q;
         const float drate = r[v] * before[v], qx = q * x[row][v];
         dA[v] = fmaf(drate, s[row][v], dA[v]);
-        sums[row] = fmaf(qx, s[row][v], sums[row]);
+        dB[row] = fmaf(qx, s[row][v], dB[row]);
+        dC[row] = fmaf(dy[row][v], h[v], dC[row]);
         dx[v] = fmaf(q * s[row][v], B, dx[v]);
-        dz[v] = fmaf(qx, B, rates[v] * kLn2 * drate) * softplus_slope(s[row][v]);
-        if constexpr (kIsHalf<T>) dz[v] = __uint_as_float(to_tf32(dz[v]));
+        dz[v] = fmaf(qx, B, scaled[v] * drate) * softplus_slope(s[row][v]);
+        h[v] = before[v];
       }
       store_vector<V>(target, dx);
       store_vector<V>(scratch(row), dz);
     }
-    write_row_sums(sums, route, args.rank, kLn2);
+    write_row_sums(dB, route, args.rank, kLn2);
+    write_row_sums(dC, route, args.rank + 1, 1.0f);
     if (place.warp == 0) store_vector<V>(carried(carry_half ^ 1, 0), r);
     drop_rows_outside();
   }
 
-  // This lane's part of a row of scratch memory: z, which is done with; then states, then the gradients of z.
+  // This lane's part of a row of scratch memory: z; then inputs of the state, states, gradients of z.
   __device__ __forceinline__ float* scratch(int row) const { return slice.z + row * layout.z_stride + V * place.lane; }
 
-  // The derivative of softplus from its value in units of ln 2: 1 - 2^-s.
+  // The derivative of softplus from its value in units of ln 2, 1 - 2^-s, as a factor of what goes to the tensor cores.
   __device__ __forceinline__ float softplus_slope(float s) const {
-    return slice.has_softplus() ? 1.0f - exp2_approx(-s) : 1.0f;
+    constexpr float kOne = kIsHalf<T> && kProjected ? 1.0f + kCutOff : 1.0f;
+    return slice.has_softplus() ? fmaf(-kOne, exp2_approx(-s), kOne) : kOne;
   }
 
   __device__ __forceinline__ void adjoint_effect(const float (&decay)[kRows][V], const float (&dy)[kRows][V], int state,
@@ -231,6 +224,9 @@ struct BackwardWalk {
 
   // Sum every row over the lanes and write it as gradient of feature `column`, times `factor`.
   __device__ __forceinline__ void write_row_sums(float (&sums)[kRows], int route, int column, float factor) const {
+    if (!place.full_tile)
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) sums[row] = place.valid ? sums[row] : 0.0f;
     const float sum = sum_rows(sums, place.lane);
     const int row = place.lane / 2;
     if (place.lane % 2 == 0 && slice.has(row)) store_feature(slice, dprojections_of(route), row, column, factor * sum);
@@ -364,11 +360,14 @@ struct BackwardWalk {
     }
   }
 
-  __device__ __forceinline__ void write_ddelta(int row, const float (&dz)[V]) const {
+  __device__ __forceinline__ void write_ddelta(int row, const float (&dz)[V]) {
     if (!place.valid) return;
     const int64_t at = static_cast<int64_t>(place.batch) * args.length + slice.start + row;
 #pragma unroll
-    for (int v = 0; v < V; ++v) args.ddelta[at * args.channels + place.channel + v] = kLog2E * dz[v];
+    for (int v = 0; v < V; ++v) {
+      args.ddelta[at * args.channels + place.channel + v] = kLog2E * dz[v];
+      dbias[v] = fmaf(kLog2E, dz[v], dbias[v]);
+    }
   }
 
   // The gradients of a route's parameters, summed over the turns.
@@ -378,6 +377,7 @@ struct BackwardWalk {
 #pragma unroll
         for (int v = 0; v < V; ++v) args.dA[partial(route) + v] = kLn2 * dA[v];
       if (args.by_visit && args.dD != nullptr) store_states<V>(args.dD + partial(route), true, dD);
+      if (!kProjected && args.ddt_bias != nullptr) store_states<V>(args.ddt_bias + partial(route), true, dbias);
     }
     if constexpr (kProjected) {
       __syncthreads();

@@ -196,7 +196,8 @@ struct ForwardWalk {
   __device__ __forceinline__ void write_visits(int route, const float (&y)[kRows][V]) {
     if (!place.valid) return;
     float skip[V] = {};
-    if (args.D != nullptr) load_states<V>(args.D + static_cast<int64_t>(route) * args.channels + place.channel, true, skip);
+    if (args.D != nullptr)
+      load_states<V>(args.D + static_cast<int64_t>(route) * args.channels + place.channel, true, skip);
     const int64_t first = (static_cast<int64_t>(place.batch) * args.routes + route) * args.length;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -222,7 +223,8 @@ struct ForwardWalk {
       if (!place.valid) continue;
       const float* source = map + (i - from) * kWidth + V * place.lane;
       const int64_t at = (static_cast<int64_t>(place.batch) * args.pixels + pixel) * args.channels + place.channel;
-      const Packed<T, V> x = load_packed<T, V>(static_cast<const T*>(args.x) + at, args.first_launch && args.D != nullptr);
+      const Packed<T, V> x =
+          load_packed<T, V>(static_cast<const T*>(args.x) + at, args.first_launch && args.D != nullptr);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float before = !args.first_launch ? args.out[at + v] : args.D == nullptr ? 0.0f : skip[v] * x[v];
@@ -233,7 +235,8 @@ struct ForwardWalk {
 };
 
 template <typename T, int V, bool kOneState, int kRankTiles>
-__global__ void __launch_bounds__(kLanes* kMaxForwardWarps, 1) scan2d_forward_kernel(const __grid_constant__ ScanArgs args) {
+__global__ void __launch_bounds__(kLanes* kMaxForwardWarps, 1)
+    scan2d_forward_kernel(const __grid_constant__ ScanArgs args) {
   MMVMAMBA_SHARED(float, shared);
   ForwardWalk<T, V, kOneState, kRankTiles> walk(args, shared);
   for (int route = 0; route < args.routes; ++route)

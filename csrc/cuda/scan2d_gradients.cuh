@@ -8,12 +8,14 @@ namespace mmvmamba {
 // The sum of row lane / 2 over all lanes: halves of the rows are exchanged for halves of the lanes, five times.
 __device__ __forceinline__ float sum_rows(float (&rows)[kRows], int lane) {
 #pragma unroll
-  for (int distance = 16; distance > 1; distance /= 2) {
+  for (int step = 0; step < 4; ++step) {
+    const int distance = 16 >> step, half = 8 >> step;
     const bool upper = lane & distance;
 #pragma unroll
-    for (int i = 0; i < distance / 2; ++i) {
-      const float kept = upper ? rows[i + distance / 2] : rows[i];
-      const float given = upper ? rows[i] : rows[i + distance / 2];
+    for (int i = 0; i < kRows / 2; ++i) {
+      if (i >= half) continue;
+      const float kept = upper ? rows[i + half] : rows[i];
+      const float given = upper ? rows[i] : rows[i + half];
       rows[i] = kept + __shfl_xor_sync(0xffffffffu, given, distance);
     }
   }
@@ -27,17 +29,22 @@ __device__ __forceinline__ void store_feature(const AnySlice& slice, float* dpro
   dprojections[slice.result_row(row) * row_size + column] = value;
 }
 
-// Operands of the tensor cores: in half precision rounded to 11 bits, which is what the gradient is rounded to anyway;
-// in float32 as two parts.
+// Operands of the tensor cores: in half precision the first 11 bits, as much as the gradient has anyway; in float32 two
+// parts.
 template <typename T, int kCount>
 __device__ __forceinline__ void split_operand(const float (&value)[kCount], uint32_t (&high)[kCount],
                                               uint32_t (&low)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    high[i] = to_tf32(value[i]);
-    low[i] = kIsHalf<T> ? 0u : to_tf32(value[i] - __uint_as_float(high[i]));
+    const float first = first_part(value[i]);
+    high[i] = __float_as_uint(kIsHalf<T> ? value[i] : first);
+    low[i] = __float_as_uint(kIsHalf<T> ? 0.0f : value[i] - first);
   }
 }
+
+// Numbers are cut off, not rounded, where the tensor cores read them, which makes them smaller by 2^-11 ln 2 on
+// average. What is stored for them in half precision is larger by as much.
+constexpr float kCutOff = 3.3845e-4f;
 
 template <typename T>
 __device__ __forceinline__ void multiply_parts(float (&sum)[4], const uint32_t (&a_high)[4], const uint32_t (&a_low)[4],
@@ -51,7 +58,8 @@ __device__ __forceinline__ void multiply_parts(float (&sum)[4], const uint32_t (
 
 // Gradients of the step-size features of the slice: dz (16, channels of the tile) times the weights (channels, r).
 template <typename T, int V, bool kOneState, int kRankTiles>
-__device__ __forceinline__ void feature_gradients(const Slice<T, V, kOneState, kRankTiles>& slice, float* dprojections) {
+__device__ __forceinline__ void feature_gradients(const Slice<T, V, kOneState, kRankTiles>& slice,
+                                                  float* dprojections) {
   const SharedLayout& layout = slice.layout;
   const int g = slice.place.lane / 4, t = slice.place.lane % 4;
   __syncwarp();
@@ -65,12 +73,7 @@ __device__ __forceinline__ void feature_gradients(const Slice<T, V, kOneState, k
       const float* dz = slice.z + g * layout.z_stride + 8 * depth + t;
       const float a[4] = {dz[0], dz[8 * layout.z_stride], dz[4], dz[8 * layout.z_stride + 4]};
       uint32_t a_high[4], a_low[4];
-      if constexpr (kIsHalf<T> && kOneState) {  // rounded when it was stored
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a_high[i] = __float_as_uint(a[i]);
-      } else {
-        split_operand<T>(a, a_high, a_low);
-      }
+      split_operand<T>(a, a_high, a_low);
       const uint32_t b_high[2] = {__float_as_uint(weight[32 * depth]), __float_as_uint(weight[32 * depth + 16])};
       const uint32_t b_low[2] = {__float_as_uint(weight[32 * depth + 2]), __float_as_uint(weight[32 * depth + 18])};
       multiply_parts<T>(sum, a_high, a_low, b_high, b_low);
@@ -104,16 +107,12 @@ __device__ __forceinline__ void weight_gradients(const Slice<T, V, kOneState, kR
         const float* dz = all_z + (8 * depth + t) * layout.z_stride + 16 * block + g;
         const float a[4] = {dz[0], dz[8], dz[4 * layout.z_stride], dz[4 * layout.z_stride + 8]};
         uint32_t a_high[4], a_low[4];
-        if constexpr (kIsHalf<T> && kOneState) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) a_high[i] = __float_as_uint(a[i]);
-        } else {
-          split_operand<T>(a, a_high, a_low);
-        }
+        split_operand<T>(a, a_high, a_low);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           if (first + tile >= tiles) continue;
-          const float* feature = all_features + (8 * depth + t) * layout.feature_stride + kRankTile * (first + tile) + g;
+          const float* feature =
+              all_features + (8 * depth + t) * layout.feature_stride + kRankTile * (first + tile) + g;
           const float b[2] = {feature[0], feature[4 * layout.feature_stride]};
           uint32_t b_high[2], b_low[2];
           split_operand<T>(b, b_high, b_low);
@@ -139,9 +138,10 @@ __device__ __forceinline__ void write_weight_gradients(const Slice<T, V, kOneSta
                                                        const float* dweights) {
   const ScanArgs& args = slice.args;
   const int within = slice.place.tile * kLanes * V;
-  const int64_t first = ((static_cast<int64_t>(slice.place.batch) * args.bands + slice.place.band) * args.routes + route) *
-                            args.channels +
-                        slice.place.group * args.group_channels + within;
+  const int64_t first =
+      ((static_cast<int64_t>(slice.place.batch) * args.bands + slice.place.band) * args.routes + route) *
+          args.channels +
+      slice.place.group * args.group_channels + within;
   for (int i = threadIdx.x; i < kLanes * V * (args.rank + 1); i += blockDim.x) {
     const int channel = i / (args.rank + 1), feature = i % (args.rank + 1);
     if (within + channel >= args.group_channels) continue;
