@@ -15,7 +15,10 @@ template <int V>
 struct SliceEffect {
   float log_decay[V] = {}, end[V] = {};
 
-  __device__ __forceinline__ float decay(int v) const { return exp2_approx(min_nan(log_decay[v], kLargestExponent)); }
+  __device__ __forceinline__ void decays(float (&decay)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) decay[v] = exp2_approx(min_nan(log_decay[v], kLargestExponent));
+  }
 };
 
 // Decay of a step, and its exponent. kBounded: no rate is positive and no step size negative.
@@ -38,29 +41,30 @@ __device__ __forceinline__ bool are_bounded(const float (&rates)[V]) {
 
 // The memory through which the warps of a block exchange effects. Two halves in turn: who writes a half again has met
 // a barrier that everyone passes only after reading it.
-template <int V>
+template <int V, bool kFull>
 struct Exchange {
   static constexpr int kWidth = kLanes * V;
   float* memory;
   int half = 0;
 
-  __device__ __forceinline__ float* slot(const Place<V>& place, int warp) const {
+  __device__ __forceinline__ float* slot(const Place<V, kFull>& place, int warp) const {
     return memory + ((half * place.warps + warp) * kWidth + V * place.lane) * 2;
   }
 
   // Publish the effect of this warp's slice; the others can be read after a barrier.
-  __device__ __forceinline__ void publish(const Place<V>& place, const SliceEffect<V>& effect) {
+  __device__ __forceinline__ void publish(const Place<V, kFull>& place, const float (&decay)[V],
+                                          const float (&end)[V]) {
     Packed<float, 2 * V> words;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      words.element[2 * v] = effect.decay(v);
-      words.element[2 * v + 1] = effect.end[v];
+      words.element[2 * v] = decay[v];
+      words.element[2 * v + 1] = end[v];
     }
     *reinterpret_cast<Packed<float, 2 * V>*>(slot(place, place.warp)) = words;
   }
 
   // From the state at the start of the turn to the one at the start of this warp's slice.
-  __device__ __forceinline__ void forward(const Place<V>& place, float (&h)[V]) {
+  __device__ __forceinline__ void forward(const Place<V, kFull>& place, float (&h)[V]) {
     const float* at = slot(place, 0);
 #pragma unroll 1
     for (int warp = 0; warp < place.warp; ++warp, at += 2 * kWidth) apply(at, h);
@@ -68,7 +72,7 @@ struct Exchange {
   }
 
   // The same from the end of the turn to the end of this warp's slice.
-  __device__ __forceinline__ void backward(const Place<V>& place, float (&h)[V]) {
+  __device__ __forceinline__ void backward(const Place<V, kFull>& place, float (&h)[V]) {
     const float* at = slot(place, place.warps - 1);
 #pragma unroll 1
     for (int warp = place.warps - 1; warp > place.warp; --warp, at -= 2 * kWidth) apply(at, h);
@@ -83,8 +87,8 @@ struct Exchange {
 };
 
 // States of the present band at its start, of one state index: zero, or what the scan over bands found.
-template <int V>
-__device__ __forceinline__ void load_band_state(const ScanArgs& args, const Place<V>& place, int route, int state,
+template <int V, typename AnyPlace>
+__device__ __forceinline__ void load_band_state(const ScanArgs& args, const AnyPlace& place, int route, int state,
                                                 const float* without_bands, float (&h)[V]) {
   if (args.band_state != nullptr) {
     load_states<V>(args.band_state + state_index(args, place, route, args.bands, place.band, state), place.valid, h);

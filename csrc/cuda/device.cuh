@@ -11,6 +11,7 @@
 #include "../check/cuda_emulator.hh"
 namespace mmvmamba {
 inline int64_t multiply_add_wide(int a, int b, int64_t c) { return static_cast<int64_t>(a) * b + c; }
+inline void store_global(int64_t address, float value) { *reinterpret_cast<float*>(address) = value; }
 inline int atomicExch(int* at, int value) { return __atomic_exchange_n(at, value, __ATOMIC_RELAXED); }
 template <typename Object>
 int64_t hidden(const Object* pointer) {
@@ -77,6 +78,10 @@ __device__ __forceinline__ Object load_constant(int64_t address) {
     asm("ld.global.nc.b64 %0, [%1];" : "=l"(word) : "l"(address));
     return __builtin_bit_cast(Object, word);
   }
+}
+
+__device__ __forceinline__ void store_global(int64_t address, float value) {
+  asm volatile("st.global.f32 [%0], %1;" : : "l"(address), "f"(value) : "memory");
 }
 
 // The smaller one; NaN if one is NaN (fminf drops it).

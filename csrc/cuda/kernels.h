@@ -7,9 +7,10 @@ namespace mmvmamba {
 
 enum class Element { kFloat32, kFloat16, kBFloat16 };
 
-// What a kernel is made for. Pairs: two adjacent channels a lane. The first three are for one state with softplus along
-// rows and columns, as in models; any states does everything else that scan2d allows; given steps is selective_scan.
-enum Variant { kPairsSmallRank, kPairs, kSingles, kAnyStates, kGivenSteps, kVariants };
+// What a kernel is made for. Pairs: two adjacent channels a lane. The first four are for one state with softplus along
+// rows and columns and full tiles of channels, as in models; any states does everything else that scan2d allows; given
+// steps is selective_scan.
+enum Variant { kPairsSmallRank, kPairs, kSinglesSmallRank, kSingles, kAnyStates, kGivenSteps, kVariants };
 
 constexpr int channels_per_lane(Variant variant) { return variant == kPairsSmallRank || variant == kPairs ? 2 : 1; }
 constexpr bool has_one_state(Variant variant) { return variant <= kSingles; }

@@ -18,6 +18,7 @@ constexpr int kLanes = 32;    // of a warp
 constexpr int kRankTile = 8;  // depth of a tensor-core tile
 constexpr int kChunk = 32;    // positions between two saved states, as in mmvmamba/ops/library.py
 constexpr int kMaxRoutes = 64;
+constexpr int kRowSumStride = 2 * kLanes + 4;  // keeps vectors of four apart in the banks
 constexpr int kMaxForwardWarps = 16, kMaxBackwardWarps = 4, kMaxAggregateWarps = 8;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
 constexpr float kLargestExponent = 127.99f;  // 2^ of it is finite: a decay never becomes infinite
@@ -69,7 +70,7 @@ __device__ __forceinline__ int divide(int x, const Divider& by) {
 
 // Where the arrays of a block lie in its shared memory, in floats.
 struct SharedLayout {
-  int weights, rows, pixels, features, z, exchange, carry, dweights, map, size;
+  int bases, weights, rows, pixels, features, z, exchange, carry, dweights, row_sums, map, size;
   int weight_stride, feature_stride, z_stride, dweight_stride, rank_padded;
 
   __host__ __device__ __forceinline__ SharedLayout(int width, int warps, int rank, int states, bool projected,
@@ -85,6 +86,7 @@ struct SharedLayout {
       at += (count + 3) / 4 * 4;
       return here;
     };
+    bases = take(4);
     weights = take(2 * rank_padded * weight_stride);  // rank_padded / 8 times 4 rows of 4 floats
     rows = take(4 * warps * kRows);
     pixels = take(warps * kRows);
@@ -94,19 +96,20 @@ struct SharedLayout {
     carry = take(2 * states * width);
     dweight_stride = width + 4;
     dweights = take(backward ? rank_padded * dweight_stride : 0);
+    row_sums = take(backward ? warps * kRows * kRowSumStride : 0);
     map = take(map_rows * width);
     size = at;
   }
 };
 
 // The block's part of the work.
-template <int V>
+// kFull: every lane has a channel.
+template <int V, bool kFull>
 struct Place {
   int lane, warp, warps;
   int batch, band, group, tile;
-  int channel;     // of this lane, counted over all groups
-  bool valid;      // whether the lane has a channel; else it computes with the first one, and nobody reads its results
-  bool full_tile;  // whether all lanes have
+  int channel;  // of this lane, counted over all groups
+  bool valid;   // whether the lane has a channel; else it computes with the first one, and nobody reads its results
 
   __device__ __forceinline__ explicit Place(const ScanArgs& args) {
     lane = threadIdx.x % kLanes;
@@ -120,8 +123,7 @@ struct Place {
     band = rest % args.bands;
     batch = rest / args.bands;
     const int within = tile * kLanes * V + V * lane;
-    valid = within < args.group_channels;
-    full_tile = (tile + 1) * kLanes * V <= args.group_channels;
+    valid = kFull || within < args.group_channels;
     channel = group * args.group_channels + (valid ? within : 0);
   }
 };
@@ -202,23 +204,24 @@ struct Slice {
   const ScanArgs& args;
   // Copies: references into the same object would keep all of it in memory.
   const SharedLayout layout;
-  const Place<V> place;
+  const Place<V, kOneState> place;
   int* pixels;                 // this warp's, of every row
   float *rows, *features, *z;  // this warp's; of a row: offset, B, map, C (B and C of one state only)
   const float* weights;
-  int64_t x, delta;     // addresses of this lane's channel at pixel 0
-  int64_t projections;  // address of this block's slot at pixel 0
-  uint32_t inside;      // bit i: row i is in the span
-  int start;            // position of row 0
+  int64_t x, delta;  // addresses of this lane's channel at pixel 0
+  int64_t* bases;    // addresses kept in shared memory: of this block's slot of the projections, and of its gradient
+  uint32_t inside;   // bit i: row i is in the span
+  int start;         // position of row 0
 
-  __device__ __forceinline__ Slice(const ScanArgs& args_, const SharedLayout& layout_, const Place<V>& place_,
-                                   float* shared)
+  __device__ __forceinline__ Slice(const ScanArgs& args_, const SharedLayout& layout_,
+                                   const Place<V, kOneState>& place_, float* shared)
       : args(args_), layout(layout_), place(place_), inside(0), start(0) {
     rows = shared + layout.rows + place.warp * 4 * kRows;
     pixels = reinterpret_cast<int*>(shared + layout.pixels) + place.warp * kRows;
     features = shared + layout.features + place.warp * kRows * layout.feature_stride;
     z = shared + layout.z + place.warp * kRows * layout.z_stride;
     weights = shared + layout.weights;
+    bases = reinterpret_cast<int64_t*>(shared + layout.bases);
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
     x = hidden(static_cast<const T*>(args.x) + at);
     delta = kProjected ? 0 : hidden(static_cast<const T*>(args.delta) + at);
@@ -262,11 +265,12 @@ struct Slice {
     return load<Packed<T, V>, sizeof(T)>(x, row);
   }
 
-  // To be called before the first `fetch` of a route.
+  // To be called before the first `fetch` of a route, with a barrier between.
   __device__ __forceinline__ void start_route(int route) {
     const int slot = args.groups > 1 ? place.group : route;
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.slots + slot;
-    projections = hidden(static_cast<const T*>(args.projections) + at * args.features);
+    if (threadIdx.x == 0)
+      bases[0] = reinterpret_cast<int64_t>(static_cast<const T*>(args.projections) + at * args.features);
   }
 
   // Fetch positions and features of the slice that starts at `start_`, of `route`.
@@ -299,7 +303,7 @@ struct Slice {
   __device__ __forceinline__ void fetch_features(int row, int its_pixel, bool valid) {
     const int half = place.lane % 2, skip = layout.rank_padded - args.rank;
     const int64_t source =
-        multiply_add_wide(its_pixel, args.slots * args.features * static_cast<int>(sizeof(T)), projections) +
+        multiply_add_wide(its_pixel, args.slots * args.features * static_cast<int>(sizeof(T)), bases[0]) +
         half * (kRankTiles == 1 ? 2 : 1) * static_cast<int>(sizeof(T));
     float* target = features + row * layout.feature_stride;
     if constexpr (kRankTiles == 1) {
@@ -454,8 +458,8 @@ struct Slice {
 };
 
 // Index of element (batch, route, i, state, channel) of a tensor (b, routes, count, n, d).
-template <int V>
-__device__ __forceinline__ int64_t state_index(const ScanArgs& args, const Place<V>& place, int route, int count, int i,
+template <typename AnyPlace>
+__device__ __forceinline__ int64_t state_index(const ScanArgs& args, const AnyPlace& place, int route, int count, int i,
                                                int state) {
   const int64_t outer = (static_cast<int64_t>(place.batch) * args.routes + route) * count + i;
   return (outer * args.states + state) * args.channels + place.channel;

@@ -96,7 +96,13 @@ struct Inputs {
 
   void set_problem() {
     const int64_t size = element == ScalarType::Float ? 4 : 2;
-    problem = {args.batch, 1, args.channels, args.length, args.states, args.rank, args.features};
+    problem.batch = args.batch;
+    problem.groups = 1;
+    problem.group_channels = args.channels;
+    problem.length = args.length;
+    problem.states = args.states;
+    problem.rank = args.rank;
+    problem.features = args.features;
     problem.projected = true;
     problem.by_visit = args.by_visit;
     problem.softplus = args.delta_softplus;

@@ -11,7 +11,7 @@ template <typename T, int V, bool kOneState, int kRankTiles, bool kAdjoint>
 struct AggregateWalk {
   static constexpr int kWidth = kLanes * V;
   const ScanArgs& args;
-  const Place<V> place;
+  const Place<V, kOneState> place;
   const SharedLayout layout;
   Slice<T, V, kOneState, kRankTiles> slice;
   float* effects;  // (warps, states, width, 2): log of the decay, end

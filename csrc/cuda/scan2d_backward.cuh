@@ -16,11 +16,11 @@ struct BackwardWalk {
   static constexpr int kWidth = kLanes * V;
   static constexpr bool kProjected = kRankTiles >= 0;
   const ScanArgs& args;
-  const Place<V> place;
+  const Place<V, kOneState> place;
   const SharedLayout layout;
   Slice<T, V, kOneState, kRankTiles> slice;
-  Exchange<V> states, adjoints;
-  float *map, *carry, *dweights;
+  Exchange<V, kOneState> states, adjoints;
+  float *map, *carry, *dweights, *row_sums;
   int64_t grad_out;  // address of this lane's channel at pixel 0
   float dA[V], dD[V], dbias[V];
   int carry_half = 0;
@@ -29,13 +29,14 @@ struct BackwardWalk {
       : args(args_),
         place(args_),
         layout(kWidth, place.warps, args_.rank, args_.states, kProjected, args_.by_visit ? 0 : args_.band_length + 1, 4,
-               kProjected),
+               true),
         slice(args_, layout, place, shared),
         states{shared + layout.exchange},
         adjoints{shared + layout.exchange + 4 * place.warps * kWidth},
         map(shared + layout.map),
         carry(shared + layout.carry),
-        dweights(shared + layout.dweights) {
+        dweights(shared + layout.dweights),
+        row_sums(shared + layout.row_sums) {
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
     grad_out = hidden(args.grad_out + at);
     if (!args.by_visit)
@@ -52,6 +53,7 @@ struct BackwardWalk {
     const Span span(args, route, place.band);
     __syncthreads();  // the weights of the route before are done with, and so is the map
     slice.start_route(route);
+    set_features_target(route);
     slice.load_weights(route, const_cast<float*>(slice.weights));
     float bias[V], rates[V];
     slice.load_bias(route, bias);
@@ -67,9 +69,11 @@ struct BackwardWalk {
     finish(route);
   }
 
+  __device__ __forceinline__ int warps() const { return kOneState ? kMaxBackwardWarps : place.warps; }
+
   template <bool kBounded>
   __device__ __forceinline__ void turns(const Span& span, int route, const float (&rates)[V], const float (&bias)[V]) {
-    const int turn = kRows * place.warps, first = span.begin / kChunk * kChunk;
+    const int turn = kRows * warps(), first = span.begin / kChunk * kChunk;
     const int last = first + (span.end - 1 - first) / turn * turn;
 #pragma unroll 1
     for (int base = last; base >= first; base -= turn) {
@@ -81,7 +85,7 @@ struct BackwardWalk {
         any_states(route, bias, base == last);
       carry_half ^= 1;
       if constexpr (kProjected) {
-        feature_gradients<T, V, kOneState, kRankTiles>(slice, dprojections_of(route));
+        feature_gradients<T, V, kOneState, kRankTiles>(slice, slice.bases[1]);
         __syncthreads();
         weight_gradients<T, V, kOneState, kRankTiles>(slice, dweights);
         __syncthreads();
@@ -94,7 +98,7 @@ struct BackwardWalk {
     carry_half = 0;
     for (int state = place.warp; state < args.states; state += place.warps) {
       float last[V];
-      load_band_state(args, place, route, state, args.grad_last_state, last);
+      load_band_state<V>(args, place, route, state, args.grad_last_state, last);
       store_vector<V>(carried(0, state), last);
     }
     if constexpr (kProjected)
@@ -105,10 +109,11 @@ struct BackwardWalk {
     return carry + (half * args.states + state) * kWidth + V * place.lane;
   }
 
-  __device__ __forceinline__ float* dprojections_of(int route) const {
+  // Where the gradients of the features of a row 0 go.
+  __device__ __forceinline__ void set_features_target(int route) {
     const int rows = args.by_visit ? args.length : args.pixels, slot = args.groups > 1 ? place.group : route;
     const int64_t at = (static_cast<int64_t>(place.tile) * args.batch + place.batch) * rows * args.slots + slot;
-    return args.dprojections + at * args.features;
+    if (threadIdx.x == 0) slice.bases[1] = reinterpret_cast<int64_t>(args.dprojections + at * args.features);
   }
 
   // The state at the start of the slice, as far as it is in memory: of the slice before, where chunks are two slices.
@@ -118,12 +123,14 @@ struct BackwardWalk {
   }
 
   // Pass states and adjoints on between the warps; h and r as they enter this warp's slice.
-  __device__ __forceinline__ void exchange(int state, const SliceEffect<V>& effect, const SliceEffect<V>& adjoint,
+  __device__ __forceinline__ void exchange(int state, const SliceEffect<V>& effect, const float (&adjoint)[V],
                                            float (&h)[V], float (&r)[V]) {
-    states.publish(place, effect);
-    adjoints.publish(place, adjoint);
+    float decay[V];
+    effect.decays(decay);
+    states.publish(place, decay, effect.end);
+    adjoints.publish(place, decay, adjoint);
     __syncthreads();
-    if (slice.start % kChunk != 0) Exchange<V>::apply(states.slot(place, place.warp - 1), h);
+    if (slice.start % kChunk != 0) Exchange<V, kOneState>::apply(states.slot(place, place.warp - 1), h);
     states.half ^= 1;
     load_vector<V>(carried(carry_half, state), r);
     adjoints.backward(place, r);
@@ -133,12 +140,16 @@ struct BackwardWalk {
   __device__ __forceinline__ void one_state(int route, const float (&rates)[V], const float (&bias)[V]) {
     float s[kRows][V], decay[kRows][V], dy[kRows][V], h[V], r[V], scaled[V];
     Packed<T, V> x[kRows];
-    SliceEffect<V> effect, adjoint;
+    SliceEffect<V> effect;
+    float adjoint[V] = {};
     load_saved(route, 0, h);
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < kRows; ++row) {  // all in flight before the first is used
       x[row] = slice.load_x(row);
       load_dy(row, dy[row]);
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
       slice.step_sizes(row, bias, s[row]);
       const float B = slice.B(row, 0);
       float input[V];
@@ -154,7 +165,7 @@ struct BackwardWalk {
     }
     adjoint_effect(decay, dy, 0, adjoint);
 #pragma unroll
-    for (int v = 0; v < V; ++v) adjoint.log_decay[v] = effect.log_decay[v], scaled[v] = kLn2 * rates[v];
+    for (int v = 0; v < V; ++v) scaled[v] = kLn2 * rates[v];
     exchange(0, effect, adjoint, h, r);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -188,10 +199,8 @@ struct BackwardWalk {
       store_vector<V>(target, dx);
       store_vector<V>(scratch(row), dz);
     }
-    write_row_sums(dB, route, args.rank, kLn2);
-    write_row_sums(dC, route, args.rank + 1, 1.0f);
+    write_row_sums(dB, dC, 0);
     if (place.warp == 0) store_vector<V>(carried(carry_half ^ 1, 0), r);
-    drop_rows_outside();
   }
 
   // This lane's part of a row of scratch memory: z; then inputs of the state, states, gradients of z.
@@ -209,16 +218,17 @@ struct BackwardWalk {
   }
 
   __device__ __forceinline__ void adjoint_effect(const float (&decay)[kRows][V], const float (&dy)[kRows][V], int state,
-                                                 SliceEffect<V>& adjoint) const {
+                                                 float (&adjoint)[V]) const {
 #pragma unroll
     for (int row = kRows - 1; row >= 0; --row) {
       const float C = slice.C(row, state);
 #pragma unroll
-      for (int v = 0; v < V; ++v) adjoint.end[v] = decay[row][v] * fmaf(C, dy[row][v], adjoint.end[v]);
+      for (int v = 0; v < V; ++v) adjoint[v] = decay[row][v] * fmaf(C, dy[row][v], adjoint[v]);
     }
   }
 
-  // What positions outside the span must not give to the gradients of the weights.
+  // What positions outside the span must not give to the gradients of the weights. With softplus they do not: their
+  // step size of 0 has a slope of 0.
   __device__ __forceinline__ void drop_rows_outside() const {
     if (slice.is_full()) return;
     const float nothing[V] = {};
@@ -227,14 +237,18 @@ struct BackwardWalk {
       if (!slice.has(row)) store_vector<V>(scratch(row), nothing);
   }
 
-  // Sum every row over the lanes and write it as gradient of feature `column`, times `factor`.
-  __device__ __forceinline__ void write_row_sums(float (&sums)[kRows], int route, int column, float factor) const {
-    if (!place.full_tile)
+  // Sum the gradients of B and C in every row over the lanes and write them.
+  __device__ __forceinline__ void write_row_sums(float (&dB)[kRows], float (&dC)[kRows], int state) const {
+    if constexpr (!kOneState)
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) sums[row] = place.valid ? sums[row] : 0.0f;
-    const float sum = sum_rows(sums, place.lane);
-    const int row = place.lane / 2;
-    if (place.lane % 2 == 0 && slice.has(row)) store_feature(slice, dprojections_of(route), row, column, factor * sum);
+      for (int row = 0; row < kRows; ++row) {
+        dB[row] = place.valid ? dB[row] : 0.0f;
+        dC[row] = place.valid ? dC[row] : 0.0f;
+      }
+    const float sum = sum_rows(dB, dC, row_sums + place.warp * kRows * kRowSumStride, place.lane);
+    const int row = place.lane / 2, is_C = place.lane % 2;
+    if (slice.has(row))
+      store_feature(slice, slice.bases[1], row, args.rank + state + is_C * args.states, is_C ? sum : kLn2 * sum);
   }
 
   __device__ __forceinline__ void any_states(int route, const float (&bias)[V], bool first_turn) {
@@ -269,10 +283,11 @@ struct BackwardWalk {
   __device__ __forceinline__ void one_of_many(int route, int state, bool first_turn, const float (&s)[kRows][V],
                                               const float (&x)[kRows][V], const float (&dy)[kRows][V],
                                               float (&ds)[kRows][V], float (&dx)[kRows][V]) {
-    float rates[V], decay[kRows][V], h[V], r[V], dA_here[V] = {}, sums[kRows];
+    float rates[V], decay[kRows][V], h[V], r[V], dA_here[V] = {}, dB[kRows], dC[kRows];
     slice.load_rates(route, state, rates);
     load_saved(route, state, h);
-    SliceEffect<V> effect, adjoint;
+    SliceEffect<V> effect;
+    float adjoint[V] = {};
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float B = slice.B(row, state);
@@ -285,39 +300,34 @@ struct BackwardWalk {
       }
     }
     adjoint_effect(decay, dy, state, adjoint);
-#pragma unroll
-    for (int v = 0; v < V; ++v) adjoint.log_decay[v] = effect.log_decay[v];
     exchange(state, effect, adjoint, h, r);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       store_vector<V>(scratch(row), h);
       const float B = slice.B(row, state);
-      sums[row] = 0.0f;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        h[v] = fmaf(decay[row][v], h[v], s[row][v] * B * x[row][v]);
-        sums[row] = fmaf(dy[row][v], h[v], sums[row]);
-      }
+      for (int v = 0; v < V; ++v) h[v] = fmaf(decay[row][v], h[v], s[row][v] * B * x[row][v]);
     }
-    write_row_sums(sums, route, args.rank + args.states + state, 1.0f);
 #pragma unroll
     for (int row = kRows - 1; row >= 0; --row) {
       const float B = slice.B(row, state), C = slice.C(row, state);
       float before[V];
       load_vector<V>(scratch(row), before);
-      sums[row] = 0.0f;
+      dB[row] = dC[row] = 0.0f;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float q = fmaf(C, dy[row][v], r[v]);
         r[v] = decay[row][v] * q;
         const float drate = r[v] * before[v], qx = q * x[row][v];
         dA_here[v] = fmaf(drate, s[row][v], dA_here[v]);
-        sums[row] = fmaf(qx, s[row][v], sums[row]);
+        dB[row] = fmaf(qx, s[row][v], dB[row]);
+        dC[row] = fmaf(dy[row][v], h[v], dC[row]);
         dx[row][v] = fmaf(q * s[row][v], B, dx[row][v]);
         ds[row][v] = fmaf(qx, B, fmaf(rates[v] * kLn2, drate, ds[row][v]));
+        h[v] = before[v];
       }
     }
-    write_row_sums(sums, route, args.rank + state, kLn2);
+    write_row_sums(dB, dC, state);
     if (place.warp == 0) store_vector<V>(carried(carry_half ^ 1, state), r);
     add_dA(route, state, first_turn, dA_here);
   }
@@ -418,7 +428,7 @@ struct BackwardWalk {
 };
 
 template <typename T, int V, bool kOneState, int kRankTiles>
-__global__ void __launch_bounds__(kLanes* kMaxBackwardWarps, kOneState ? 3 : 2)
+__global__ void __launch_bounds__(kLanes* kMaxBackwardWarps, 2)
     scan2d_backward_kernel(const __grid_constant__ ScanArgs args) {
   MMVMAMBA_SHARED(float, shared);
   BackwardWalk<T, V, kOneState, kRankTiles> walk(args, shared);

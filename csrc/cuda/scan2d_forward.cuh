@@ -11,10 +11,10 @@ template <typename T, int V, bool kOneState, int kRankTiles>
 struct ForwardWalk {
   static constexpr int kWidth = kLanes * V;
   const ScanArgs& args;
-  const Place<V> place;
+  const Place<V, kOneState> place;
   const SharedLayout layout;
   Slice<T, V, kOneState, kRankTiles> slice;
-  Exchange<V> exchange;
+  Exchange<V, kOneState> exchange;
   float *map, *carry;
   int carry_half = 0;
 
@@ -66,7 +66,7 @@ struct ForwardWalk {
     carry_half = 0;
     for (int state = place.warp; state < args.states; state += place.warps) {
       float first[V];
-      load_band_state(args, place, route, state, nullptr, first);
+      load_band_state<V>(args, place, route, state, nullptr, first);
       store_vector<V>(carried(0, state), first);
     }
   }
@@ -101,7 +101,9 @@ struct ForwardWalk {
         effect.end[v] = fmaf(decay[row][v], effect.end[v], input[row][v]);
       }
     }
-    exchange.publish(place, effect);
+    float whole[V];
+    effect.decays(whole);
+    exchange.publish(place, whole, effect.end);
     __syncthreads();
     float h[V];
     load_vector<V>(carried(carry_half, 0), h);
@@ -159,7 +161,9 @@ struct ForwardWalk {
         effect.end[v] = fmaf(decay[row][v], effect.end[v], B * su[row][v]);
       }
     }
-    exchange.publish(place, effect);
+    float whole[V];
+    effect.decays(whole);
+    exchange.publish(place, whole, effect.end);
     __syncthreads();
     float h[V];
     load_vector<V>(carried(carry_half, state), h);

@@ -5,28 +5,39 @@
 
 namespace mmvmamba {
 
-// The sum of row lane / 2 over all lanes: halves of the rows are exchanged for halves of the lanes, five times.
-__device__ __forceinline__ float sum_rows(float (&rows)[kRows], int lane) {
+// The sums of row lane / 2 of two tables over all lanes, by way of `memory` (rows, kRowSumStride) of the warp: fewer
+// instructions than shuffles. Even lanes get that of the first table, odd lanes that of the second.
+__device__ __forceinline__ float sum_rows(const float (&first)[kRows], const float (&second)[kRows], float* memory,
+                                          int lane) {
+  __syncwarp();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    const int distance = 16 >> step, half = 8 >> step;
-    const bool upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < kRows / 2; ++i) {
-      if (i >= half) continue;
-      const float kept = upper ? rows[i + half] : rows[i];
-      const float given = upper ? rows[i] : rows[i + half];
-      rows[i] = kept + __shfl_xor_sync(0xffffffffu, given, distance);
-    }
+  for (int row = 0; row < kRows; ++row) {
+    const float pair[2] = {first[row], second[row]};
+    store_vector<2>(memory + row * kRowSumStride + 2 * lane, pair);
   }
-  return rows[0] + __shfl_xor_sync(0xffffffffu, rows[0], 1);
+  __syncwarp();
+  const float* half = memory + lane / 2 * kRowSumStride + lane % 2 * kLanes;
+  float sum[4];
+  load_vector<4>(half, sum);
+#pragma unroll
+  for (int i = 4; i < kLanes; i += 4) {
+    float more[4];
+    load_vector<4>(half + i, more);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j] += more[j];
+  }
+  // What this lane keeps, and what its neighbour keeps.
+  const float own = lane % 2 == 0 ? sum[0] + sum[2] : sum[1] + sum[3];
+  const float other = lane % 2 == 0 ? sum[1] + sum[3] : sum[0] + sum[2];
+  return own + __shfl_xor_sync(0xffffffffu, other, 1);
 }
 
+// Write the gradient of feature `column` of a row; `target` is the address of that of column 0 of row 0.
 template <typename AnySlice>
-__device__ __forceinline__ void store_feature(const AnySlice& slice, float* dprojections, int row, int column,
-                                              float value) {
-  const int64_t row_size = static_cast<int64_t>(slice.args.slots) * slice.args.features;
-  dprojections[slice.result_row(row) * row_size + column] = value;
+__device__ __forceinline__ void store_feature(const AnySlice& slice, int64_t target, int row, int column, float value) {
+  const int row_bytes = slice.args.slots * slice.args.features * static_cast<int>(sizeof(float));
+  store_global(multiply_add_wide(slice.result_row(row), row_bytes, target) + column * static_cast<int>(sizeof(float)),
+               value);
 }
 
 // Operands of the tensor cores: in half precision the first 11 bits, as much as the gradient has anyway; in float32 two
@@ -58,8 +69,7 @@ __device__ __forceinline__ void multiply_parts(float (&sum)[4], const uint32_t (
 
 // Gradients of the step-size features of the slice: dz (16, channels of the tile) times the weights (channels, r).
 template <typename T, int V, bool kOneState, int kRankTiles>
-__device__ __forceinline__ void feature_gradients(const Slice<T, V, kOneState, kRankTiles>& slice,
-                                                  float* dprojections) {
+__device__ __forceinline__ void feature_gradients(const Slice<T, V, kOneState, kRankTiles>& slice, int64_t dfeatures) {
   const SharedLayout& layout = slice.layout;
   const int g = slice.place.lane / 4, t = slice.place.lane % 4;
   __syncwarp();
@@ -81,7 +91,7 @@ __device__ __forceinline__ void feature_gradients(const Slice<T, V, kOneState, k
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = g + i / 2 * 8, column = kRankTile * tile + 2 * t + i % 2;
-      if (column < slice.args.rank && slice.has(row)) store_feature(slice, dprojections, row, column, sum[i]);
+      if (column < slice.args.rank && slice.has(row)) store_feature(slice, dfeatures, row, column, sum[i]);
     }
     if constexpr (kRankTiles == 1) break;
   }
@@ -97,13 +107,15 @@ __device__ __forceinline__ void weight_gradients(const Slice<T, V, kOneState, kR
   const int g = slice.place.lane / 4, t = slice.place.lane % 4;
   const float* all_z = slice.z - slice.place.warp * kRows * layout.z_stride;
   const float* all_features = slice.features - slice.place.warp * kRows * layout.feature_stride;
-  const int tiles = layout.rank_padded / kRankTile;
-  for (int block = slice.place.warp; block < 2 * V; block += slice.place.warps) {  // of 16 channels
+  const int tiles = kRankTiles == 1 ? 1 : layout.rank_padded / kRankTile;
+  const int warps = kOneState ? kMaxBackwardWarps : slice.place.warps;
+#pragma unroll 1
+  for (int block = slice.place.warp; block < 2 * V; block += warps) {  // of 16 channels
 #pragma unroll 1
     for (int first = 0; first < tiles; first += kTiles) {
       float sum[kTiles][4] = {};
-#pragma unroll 2
-      for (int depth = 0; depth < 2 * slice.place.warps; ++depth) {
+#pragma unroll(kOneState ? 2 * kMaxBackwardWarps : 1)
+      for (int depth = 0; depth < 2 * warps; ++depth) {
         const float* dz = all_z + (8 * depth + t) * layout.z_stride + 16 * block + g;
         const float a[4] = {dz[0], dz[8], dz[4 * layout.z_stride], dz[4 * layout.z_stride + 8]};
         uint32_t a_high[4], a_low[4];

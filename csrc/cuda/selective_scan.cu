@@ -54,7 +54,12 @@ struct Inputs {
     args.A = floats(A);
     args.D = floats(D);
     args.dt_bias = floats(delta_bias);
-    problem = {args.batch, args.groups, args.group_channels, args.length, args.states, 0, args.features};
+    problem.batch = args.batch;
+    problem.groups = args.groups;
+    problem.group_channels = args.group_channels;
+    problem.length = args.length;
+    problem.states = args.states;
+    problem.features = args.features;
     problem.by_visit = true;
     problem.softplus = delta_softplus;
   }

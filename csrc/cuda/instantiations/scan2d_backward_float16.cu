@@ -5,13 +5,14 @@
 namespace mmvmamba {
 
 const ScanKernels& backward_kernels_float16() {
+  // In the order of Variant.
   static const ScanKernels table = {
       {&scan2d_backward_kernel<Float16, 2, true, 1>, &scan2d_backward_kernel<Float16, 2, true, 0>,
-       &scan2d_backward_kernel<Float16, 1, true, 0>, &scan2d_backward_kernel<Float16, 1, false, 0>,
-       &scan2d_backward_kernel<Float16, 1, false, -1>},
+       &scan2d_backward_kernel<Float16, 1, true, 1>, &scan2d_backward_kernel<Float16, 1, true, 0>,
+       &scan2d_backward_kernel<Float16, 1, false, 0>, &scan2d_backward_kernel<Float16, 1, false, -1>},
       {&scan2d_aggregate_kernel<Float16, 2, true, 1, true>, &scan2d_aggregate_kernel<Float16, 2, true, 0, true>,
-       &scan2d_aggregate_kernel<Float16, 1, true, 0, true>, &scan2d_aggregate_kernel<Float16, 1, false, 0, true>,
-       &scan2d_aggregate_kernel<Float16, 1, false, -1, true>},
+       &scan2d_aggregate_kernel<Float16, 1, true, 1, true>, &scan2d_aggregate_kernel<Float16, 1, true, 0, true>,
+       &scan2d_aggregate_kernel<Float16, 1, false, 0, true>, &scan2d_aggregate_kernel<Float16, 1, false, -1, true>},
   };
   return table;
 }

@@ -5,13 +5,14 @@
 namespace mmvmamba {
 
 const ScanKernels& forward_kernels_float32() {
+  // In the order of Variant.
   static const ScanKernels table = {
       {&scan2d_forward_kernel<float, 2, true, 1>, &scan2d_forward_kernel<float, 2, true, 0>,
-       &scan2d_forward_kernel<float, 1, true, 0>, &scan2d_forward_kernel<float, 1, false, 0>,
-       &scan2d_forward_kernel<float, 1, false, -1>},
+       &scan2d_forward_kernel<float, 1, true, 1>, &scan2d_forward_kernel<float, 1, true, 0>,
+       &scan2d_forward_kernel<float, 1, false, 0>, &scan2d_forward_kernel<float, 1, false, -1>},
       {&scan2d_aggregate_kernel<float, 2, true, 1, false>, &scan2d_aggregate_kernel<float, 2, true, 0, false>,
-       &scan2d_aggregate_kernel<float, 1, true, 0, false>, &scan2d_aggregate_kernel<float, 1, false, 0, false>,
-       &scan2d_aggregate_kernel<float, 1, false, -1, false>},
+       &scan2d_aggregate_kernel<float, 1, true, 1, false>, &scan2d_aggregate_kernel<float, 1, true, 0, false>,
+       &scan2d_aggregate_kernel<float, 1, false, 0, false>, &scan2d_aggregate_kernel<float, 1, false, -1, false>},
   };
   return table;
 }
