@@ -4,6 +4,9 @@ The emulated kernels are operators of their own, ``mmvmamba_emulated::<name>``, 
 `mmvmamba.ops.library`; they take CPU tensors. `scan2d` and `selective_scan` here are what the functions of the same
 name in `mmvmamba.ops` would be on a GPU, and `emulated` turns a sample of the operator tests into one that calls them.
 
+``MMVMAMBA_EMULATED_FLAGS`` adds flags of g++. With ``-fsanitize=address --param asan-stack=0``, and libasan.so in
+``LD_PRELOAD``, reads and writes beside a tensor are found.
+
 ``python tests/cuda_emulation.py`` compiles them (only what changed since the last time) and prints the library's path.
 """
 
@@ -14,6 +17,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 import platform
 import re
 import shlex
@@ -29,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from mmvmamba import ops
 from mmvmamba.ops import CROSS_SCAN, ScanOrder, library
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ NAMESPACE = "mmvmamba_emulated"
 OPERATORS = ("selective_scan", "selective_scan_backward", "scan2d", "scan2d_backward")
 COMPILATIONS = 2  # at the same time
 COMPILE_SECONDS = 900
+CHECKS = ("-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all")
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _schema in library.SCHEMAS:
@@ -59,12 +65,21 @@ def compiler_flags() -> list[str]:
     version = re.search(r'TORCH_TARGET_VERSION = "(\w+)"', (ROOT / "setup.py").read_text())
     assert version, "setup.py does not say which version of the stable ABI it uses"
     flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
+    # Shared memory holds words of several types, which nvcc does not mind.
+    flags += ["-fno-strict-aliasing"]
+    # Vectors at odd addresses end a launch on a GPU, but nothing here without this; arrays of a lane are watched too.
+    flags += list(CHECKS)
     flags += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
     flags += ["-DMMVMAMBA_EMULATE_CUDA", f"-DTORCH_TARGET_VERSION={version[1]}"]
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and platform.machine() in ("x86_64", "AMD64"):
         flags += ["-mavx2", "-mfma"]
     includes = [str(ROOT / "csrc"), *cpp_extension.include_paths("cpu")]
-    return [*flags, f"-I{includes[0]}", *(f"-isystem{path}" for path in includes[1:])]
+    return [*flags, f"-I{includes[0]}", *(f"-isystem{path}" for path in includes[1:]), *more_flags()]
+
+
+def more_flags() -> list[str]:
+    """Those of the environment."""
+    return shlex.split(os.environ.get("MMVMAMBA_EMULATED_FLAGS", ""))
 
 
 def build(files: Sequence[Path], folder: Path = CACHE) -> Path:
@@ -83,7 +98,8 @@ def build(files: Sequence[Path], folder: Path = CACHE) -> Path:
                 old.unlink()
             places = [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
             building = result.with_suffix(".part")
-            _run(["-shared", "-o", str(building), *map(str, objects), *places, "-ltorch_cpu", "-pthread"])
+            flags = ["-shared", "-pthread", *CHECKS, *more_flags()]
+            _run([*flags, "-o", str(building), *map(str, objects), *places, "-ltorch_cpu"])
             building.rename(result)
     return result
 
@@ -177,7 +193,10 @@ def scan2d(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`mmvmamba.ops.scan2d` on the emulated kernels; ``backend`` has no meaning."""
+    """`mmvmamba.ops.scan2d` on the emulated kernels, unless ``backend="reference"``."""
+    if backend == "reference":
+        options = {"orders": orders, "delta_softplus": delta_softplus, "out_dtype": out_dtype}
+        return ops.scan2d(x, projections, dt_weight, dt_bias, A, D, **options, backend=backend)
     routes = ([], orders) if isinstance(orders, Tensor) else ([int(order) for order in orders], None)
     tensors = (x, projections, dt_weight.float(), dt_bias, A, D)
     return _Scan.apply("scan2d", (out_dtype or x.dtype,), (*routes, delta_softplus), *tensors)[0]
@@ -197,7 +216,10 @@ def selective_scan(
     return_last_state: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`mmvmamba.ops.selective_scan` on the emulated kernels; ``backend`` has no meaning."""
+    """`mmvmamba.ops.selective_scan` on the emulated kernels, unless ``backend="reference"``."""
+    if backend == "reference":
+        options = {"z": z, "out_dtype": out_dtype, "return_last_state": return_last_state}
+        return ops.selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, **options, backend=backend)
     B, C = (p if p.dim() == 4 else p.unsqueeze(1) for p in (B, C))
     out_dtype = out_dtype or u.dtype
     scan_dtype = out_dtype if z is None else torch.float32

@@ -164,6 +164,7 @@ inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits);
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline int atomicExch(int* address, int value) { return std::atomic_ref<int>(*address).exchange(value); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;

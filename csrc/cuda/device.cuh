@@ -124,8 +124,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The part of a number that the tensor cores read, its first 11 bits; what is left is read as a second part.
-__device__ __forceinline__ float first_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+// The part of a number that the tensor cores read, 11 bits; what is left is read as a second part. Rounded to nearest:
+// what is left then has one bit less than if it were cut off, so that 23 bits are read of both and not 22.
+__device__ __forceinline__ float first_part(float x) { return __uint_as_float(to_tf32(x)); }
 
 template <typename T>
 constexpr bool kIsHalf = sizeof(T) == 2;
