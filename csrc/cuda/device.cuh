@@ -91,6 +91,13 @@ __device__ __forceinline__ float min_nan(float a, float b) {
   return y;
 }
 
+// Rounded to the 11 bits that the tensor cores read.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
 // c += a b for a (16, 8), b (8, 8). With g = lane / 4 and t = lane % 4, a lane holds of a the elements (g, t),
 // (g + 8, t), (g, t + 4), (g + 8, t + 4); of b (t, g), (t + 4, g); of c (g, 2 t), (g, 2 t + 1), (g + 8, 2 t),
 // (g + 8, 2 t + 1).

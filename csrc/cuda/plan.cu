@@ -38,7 +38,7 @@ int aggregate_bytes(const Problem& problem, Variant variant, int warps) {
 // one state is written for one number of them.
 int warps_for(const Problem& problem, Variant variant, bool backward) {
   if (backward && has_one_state(variant)) return kMaxBackwardWarps;
-  const int most = backward ? kMaxBackwardWarps : kMaxForwardWarps;
+  const int most = backward ? kMaxBackwardWarps : max_forward_warps(channels_per_lane(variant), problem.element_size);
   int warps = 2;
   while (warps < most && warps * kRows < problem.length) warps *= 2;
   return warps;

@@ -17,8 +17,9 @@ struct Limits {
 struct Problem {
   int batch, groups, group_channels, length;
   int states, rank, features;
-  bool projected;  // else step sizes are given
-  bool by_visit;   // permuted routes, or given step sizes: no map in shared memory
+  int element_size;  // bytes
+  bool projected;    // else step sizes are given
+  bool by_visit;     // permuted routes, or given step sizes: no map in shared memory
   bool softplus;
   bool pairs, even_features;  // whether memory allows to read channels, and features, two at a time
   bool small;                 // fewer than 2^32 elements in an image

@@ -19,7 +19,11 @@ constexpr int kRankTile = 8;  // depth of a tensor-core tile
 constexpr int kChunk = 32;    // positions between two saved states, as in mmvmamba/ops/library.py
 constexpr int kMaxRoutes = 64;
 constexpr int kRowSumStride = 2 * kLanes + 4;  // keeps vectors of four apart in the banks
-constexpr int kMaxForwardWarps = 16, kMaxBackwardWarps = 4, kMaxAggregateWarps = 8;
+constexpr int kMaxBackwardWarps = 4, kMaxAggregateWarps = 8;
+// Of the forward: pairs of float32 need more registers than 16 warps have.
+constexpr int max_forward_warps(int channels_per_lane, int element_size) {
+  return channels_per_lane == 2 && element_size == 4 ? 8 : 16;
+}
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
 constexpr float kLargestExponent = 127.99f;  // 2^ of it is finite: a decay never becomes infinite
 

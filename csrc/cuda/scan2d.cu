@@ -95,7 +95,6 @@ struct Inputs {
   }
 
   void set_problem() {
-    const int64_t size = element == ScalarType::Float ? 4 : 2;
     problem.batch = args.batch;
     problem.groups = 1;
     problem.group_channels = args.channels;
@@ -103,11 +102,12 @@ struct Inputs {
     problem.states = args.states;
     problem.rank = args.rank;
     problem.features = args.features;
+    problem.element_size = element == ScalarType::Float ? 4 : 2;
     problem.projected = true;
     problem.by_visit = args.by_visit;
     problem.softplus = args.delta_softplus;
-    problem.pairs = args.channels % 2 == 0 && is_aligned(args.x, 2 * size);
-    problem.even_features = args.features % 2 == 0 && is_aligned(args.projections, 2 * size);
+    problem.pairs = args.channels % 2 == 0 && is_aligned(args.x, 2 * problem.element_size);
+    problem.even_features = args.features % 2 == 0 && is_aligned(args.projections, 2 * problem.element_size);
     problem.small = pixels * args.channels < (int64_t{1} << 32);
     problem.both_axes = has_rows && has_columns;
   }

@@ -239,7 +239,7 @@ struct ForwardWalk {
 };
 
 template <typename T, int V, bool kOneState, int kRankTiles>
-__global__ void __launch_bounds__(kLanes* kMaxForwardWarps, 1)
+__global__ void __launch_bounds__(kLanes* max_forward_warps(V, sizeof(T)), 1)
     scan2d_forward_kernel(const __grid_constant__ ScanArgs args) {
   MMVMAMBA_SHARED(float, shared);
   ForwardWalk<T, V, kOneState, kRankTiles> walk(args, shared);

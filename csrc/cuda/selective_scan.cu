@@ -60,6 +60,7 @@ struct Inputs {
     problem.length = args.length;
     problem.states = args.states;
     problem.features = args.features;
+    problem.element_size = element == ScalarType::Float ? 4 : 2;
     problem.by_visit = true;
     problem.softplus = delta_softplus;
   }
