@@ -72,15 +72,20 @@ _SUMS = sass.InnerLoop("sums over positions of the gradients of the weights", ("
 _AROUND_SUMS = sass.InnerLoop("the channels and features of such sums", ("BRA",), 1.0, ("HMMA",), ("SHFL", "MUFU"))
 
 
-def _exchange(warps: int) -> sass.InnerLoop:
-    """The loop over the warps before this one: of ``warps`` the first has none, the last all others."""
-    return sass.InnerLoop("effects of the warps before", ("LDS", "FFMA"), (warps - 1) / 2, without=("STS", "HMMA"))
+def _exchange(turns: float) -> sass.InnerLoop:
+    """The loop over the slices of the warps before this one, ``turns`` on average: the first has none, the last all."""
+    return sass.InnerLoop("effects of the warps before", ("LDS", "FFMA"), turns, without=("STS", "HMMA"))
 
 
 KERNELS = {
-    "forward": Kernel(rf"\bscan2d_forward_kernel{_VARIANT}", 2, {"sm_90": 30.0}, (_ABSENT, _exchange(16))),
+    "forward": Kernel(
+        rf"\bscan2d_forward_kernel{_VARIANT}", 2, {"sm_90": 30.0}, (_ABSENT, _exchange(3.5))
+    ),  # of 16 warps, two in a turn
     "backward": Kernel(
-        rf"\bscan2d_backward_kernel{_VARIANT}", 2, {"sm_90": 60.0}, (_ABSENT, _exchange(4), _SUMS, _AROUND_SUMS)
+        rf"\bscan2d_backward_kernel{_VARIANT}",
+        2,
+        {"sm_90": 60.0},
+        (_ABSENT, _exchange(1.5), _SUMS, _AROUND_SUMS),  # of 4
     ),
 }
 

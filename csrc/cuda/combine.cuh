@@ -68,8 +68,13 @@ struct Exchange {
   // From the state at the start of the turn to the one at the start of this warp's slice.
   __device__ __forceinline__ void forward(const Place<V, kFull>& place, float (&h)[V]) {
     const float* at = slot(place, 0);
+    int warp = 0;
 #pragma unroll 1
-    for (int warp = 0; warp < place.warp; ++warp, at += 2 * kTables * kWidth) apply(at, h);
+    for (; warp + 1 < place.warp; warp += 2, at += 4 * kTables * kWidth) {
+      apply(at, h);
+      apply(at + 2 * kTables * kWidth, h);
+    }
+    if (warp < place.warp) apply(at, h);
     half ^= 1;
   }
 

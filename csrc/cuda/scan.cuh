@@ -137,12 +137,18 @@ struct Place {
 struct Span {
   int begin, end;  // positions t of the route
   Order order;
+  bool by_column;
+  // Position t of the route is place origin + step * t along its axis.
+  int origin, step;
 
   __device__ __forceinline__ Span(const ScanArgs& args, int route, int band) {
     order = static_cast<Order>(args.orders[route]);
+    by_column = order == kColumn || order == kColumnReversed;
+    const bool reversed = order == kRowReversed || order == kColumnReversed;
+    origin = reversed ? args.length - 1 : 0;
+    step = reversed ? -1 : 1;
     // Bands are cut along the axis, so that a route and its reverse share them.
     const int from = band * args.band_length, until = min(from + args.band_length, args.length);
-    const bool reversed = order == kRowReversed || order == kColumnReversed;
     begin = reversed ? args.length - until : from;
     end = reversed ? args.length - from : until;
   }
@@ -154,18 +160,18 @@ __device__ __forceinline__ bool in_launch(const ScanArgs& args, int route) {
   return (args.axes & axis) != 0;
 }
 
-// Pixel of position t of a route.
-template <bool kPermutations>
-__device__ __forceinline__ int pixel_of(const ScanArgs& args, int route, Order order, int t) {
-  if (kPermutations && order == kPermuted) {
-    // The interface checks the range where it can; what reaches this is kept inside the map.
-    const int64_t pixel = args.permutation[static_cast<int64_t>(route) * args.length + t];
-    return static_cast<int>(pixel < 0 ? 0 : pixel >= args.pixels ? args.pixels - 1 : pixel);
-  }
-  const int along = order == kRowReversed || order == kColumnReversed ? args.length - 1 - t : t;
-  if (order == kRow || order == kRowReversed) return along;
+// Pixel at a place along the rows or along the columns.
+__device__ __forceinline__ int pixel_at(const ScanArgs& args, bool by_column, int along) {
+  if (!by_column) return along;
   const int column = divide(along, args.by_height);
   return (along - column * args.height) * args.width + column;
+}
+
+// Pixel of position t of a permuted route. The interface checks the range where it can; what reaches this is kept
+// inside the map.
+__device__ __forceinline__ int permuted_pixel(const ScanArgs& args, int route, int t) {
+  const int64_t pixel = args.permutation[static_cast<int64_t>(route) * args.length + t];
+  return static_cast<int>(pixel < 0 ? 0 : pixel >= args.pixels ? args.pixels - 1 : pixel);
 }
 
 // log2(1 + w) for w in [0, 1] with a small relative error: 1.4e-7, and 5.7e-5 where the inputs have 8 or 11 bits.
@@ -217,12 +223,19 @@ struct Slice {
   // Addresses of this block's slot of the projections and of its gradient; in shared memory where registers are scarce.
   int64_t* bases;
   int64_t projections_base, gradients_base;
-  uint32_t inside;  // bit i: row i is in the span
+  int begin, size;  // of the span
   int start;        // position of row 0
 
   __device__ __forceinline__ Slice(const ScanArgs& args_, const SharedLayout& layout_,
                                    const Place<V, kOneState>& place_, float* shared)
-      : args(args_), layout(layout_), place(place_), projections_base(0), gradients_base(0), inside(0), start(0) {
+      : args(args_),
+        layout(layout_),
+        place(place_),
+        projections_base(0),
+        gradients_base(0),
+        begin(0),
+        size(0),
+        start(0) {
     rows = shared + layout.rows + place.warp * 4 * kRows;
     pixels = reinterpret_cast<int*>(shared + layout.pixels) + place.warp * kRows;
     features = shared + layout.features + place.warp * kRows * layout.feature_stride;
@@ -239,8 +252,11 @@ struct Slice {
 
   // The kernels for one state are for models, which all have softplus: no branch in the innermost loop.
   __device__ __forceinline__ bool has_softplus() const { return kOneState || args.delta_softplus; }
-  __device__ __forceinline__ bool is_full() const { return inside == 0xffffu; }
-  __device__ __forceinline__ bool has(int row) const { return (inside >> row) & 1; }
+  // Whether a row, or every row, is a position of the span.
+  __device__ __forceinline__ bool has(int row) const {
+    return static_cast<uint32_t>(start + row - begin) < static_cast<uint32_t>(size);
+  }
+  __device__ __forceinline__ bool is_full() const { return start >= begin && start + kRows <= begin + size; }
   __device__ __forceinline__ int pixel(int row) const { return pixels[row]; }
   // The element at `base` (which is of pixel 0) of a row's pixel. The kernels for one state are launched for images of
   // less than 2^32 elements only, so that an address is one multiplication by a constant.
@@ -293,26 +309,22 @@ struct Slice {
   // Fetch positions and features of the slice that starts at `start_`, of `route`.
   __device__ __forceinline__ void fetch(const Span& span, int route, int start_) {
     start = start_;
+    begin = span.begin;
+    size = span.end - span.begin;
     __syncwarp();  // the last slice is done with
-    const int row = place.lane / 2, t = start + row;
-    const bool valid = t >= span.begin && t < span.end;
-    const int nearest = max(span.begin, min(t, span.end - 1));
-    const int its_pixel = pixel_of<!kOneState>(args, route, span.order, nearest);
-    if (place.lane % 2 == 0) {
-      const bool reversed = span.order == kRowReversed || span.order == kColumnReversed;
-      const int in_band = (reversed ? args.length - 1 - nearest : nearest) - place.band * args.band_length;
-      // One row behind the map takes what positions outside would add.
-      const int its_row = !valid ? args.band_length : args.bands == 1 ? its_pixel : in_band;
-      pixels[row] = its_pixel;
-      reinterpret_cast<uint32_t*>(rows)[4 * row] =
-          static_cast<uint32_t>(its_pixel) * static_cast<uint32_t>(args.channels);
-      reinterpret_cast<int*>(rows)[4 * row + 2] = its_row * kWidth * static_cast<int>(sizeof(float));
-    }
-    const int before = start < span.begin ? span.begin - start : 0, after = start + kRows - span.end;
-    inside = 0xffffu;
-    if (before > 0) inside &= before >= kRows ? 0u : 0xffffu << before;
-    if (after > 0) inside &= after >= kRows ? 0u : 0xffffu >> after;
-    fetch_features(row, its_pixel, valid);
+    // Two lanes a row; both write the same.
+    const int row = place.lane / 2;
+    const int nearest = max(span.begin, min(start + row, span.end - 1)), along = span.origin + span.step * nearest;
+    const bool permuted = !kOneState && span.order == kPermuted;
+    const int its_pixel = permuted ? permuted_pixel(args, route, nearest) : pixel_at(args, span.by_column, along);
+    // One row behind the map takes what positions outside would add.
+    const int in_map = args.bands == 1 ? its_pixel : along - place.band * args.band_length;
+    const int its_row = has(row) ? in_map : args.band_length;
+    pixels[row] = its_pixel;
+    reinterpret_cast<uint32_t*>(rows)[4 * row] =
+        static_cast<uint32_t>(its_pixel) * static_cast<uint32_t>(args.channels);
+    reinterpret_cast<int*>(rows)[4 * row + 2] = its_row * kWidth * static_cast<int>(sizeof(float));
+    fetch_features(row, its_pixel, has(row));
     __syncwarp();
   }
 
@@ -355,7 +367,7 @@ struct Slice {
           target[column + skip] = state < args.states ? value * kLn2 : value;
       }
     }
-    if (kProjected && half == 0) target[args.rank] = 1.0f;
+    if (kProjected) target[args.rank] = 1.0f;
   }
 
   // The pre-activation step sizes of the slice into z, by tensor cores; the weights are there in two parts of 11 bits,

@@ -184,17 +184,23 @@ struct BackwardWalk {
       float before[V], dx[V], dz[V];
       // Read again where the registers do not suffice.
       const Packed<T, V> its_x = kRankTiles == 1 ? x[row] : slice.load_x(row);
+      float its_dy[V];
+      if constexpr (kRankTiles == 1 || kIsHalf<T>)
+#pragma unroll
+        for (int v = 0; v < V; ++v) its_dy[v] = dy[row][v];
+      else
+        load_dy(row, its_dy);
       load_vector<V>(scratch(row), before);
       load_vector<V>(target, dx);
       dB[row] = dC[row] = 0.0f;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float q = fmaf(C, dy[row][v], r[v]);
+        const float q = fmaf(C, its_dy[v], r[v]);
         r[v] = decay[row][v] * q;
         const float drate = r[v] * before[v], qx = q * its_x[v];
         dA[v] = fmaf(drate, s[row][v], dA[v]);
         dB[row] = fmaf(qx, s[row][v], dB[row]);
-        dC[row] = fmaf(dy[row][v], h[v], dC[row]);
+        dC[row] = fmaf(its_dy[v], h[v], dC[row]);
         dx[v] = fmaf(q * s[row][v], B, dx[v]);
         dz[v] = fmaf(qx, B, scaled[v] * drate) * softplus_slope(s[row][v]);
         h[v] = before[v];
@@ -406,7 +412,7 @@ struct BackwardWalk {
   // The gradient of the map of the band, and with it, once for all routes, that of the skips.
   __device__ __forceinline__ void write_map() {
     __syncthreads();
-    const Order order = args.bands > 1 && args.axes == kColumnAxis ? kColumn : kRow;
+    const bool by_column = args.bands > 1 && args.axes == kColumnAxis;
     const int from = place.band * args.band_length, until = min(from + args.band_length, args.length);
     const bool skips = args.first_launch && args.D != nullptr;
     float skip[V] = {}, sum[V] = {};
@@ -415,7 +421,7 @@ struct BackwardWalk {
       for (int v = 0; v < V; ++v) skip[v] += args.D[static_cast<int64_t>(route) * args.channels + place.channel + v];
     if (!place.valid) return;
     for (int i = from + place.warp; i < until; i += place.warps) {
-      const int pixel = pixel_of<false>(args, 0, order, i);
+      const int pixel = pixel_at(args, by_column, i);
       const int64_t at = (static_cast<int64_t>(place.batch) * args.pixels + pixel) * args.channels + place.channel;
       const Packed<T, V> x = load_packed<T, V>(static_cast<const T*>(args.x) + at, skips);
 #pragma unroll

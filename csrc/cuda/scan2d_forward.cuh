@@ -216,14 +216,14 @@ struct ForwardWalk {
   // The map of the band to the output. Every route visits every pixel once, so the skips are one product per pixel.
   __device__ __forceinline__ void write_map() {
     __syncthreads();
-    const Order order = args.bands > 1 && args.axes == kColumnAxis ? kColumn : kRow;
+    const bool by_column = args.bands > 1 && args.axes == kColumnAxis;
     const int from = place.band * args.band_length, until = min(from + args.band_length, args.length);
     float skip[V] = {};
     for (int route = 0; route < args.routes && args.D != nullptr && place.valid; ++route)
 #pragma unroll
       for (int v = 0; v < V; ++v) skip[v] += args.D[static_cast<int64_t>(route) * args.channels + place.channel + v];
     for (int i = from + place.warp; i < until; i += place.warps) {
-      const int pixel = pixel_of<false>(args, 0, order, i);
+      const int pixel = pixel_at(args, by_column, i);
       if (!place.valid) continue;
       const float* source = map + (i - from) * kWidth + V * place.lane;
       const int64_t at = (static_cast<int64_t>(place.batch) * args.pixels + pixel) * args.channels + place.channel;
