@@ -211,11 +211,12 @@ struct Slice {
   int64_t x, delta;  // addresses of this lane's channel at pixel 0
   int64_t* bases;    // addresses kept in shared memory: of this block's slot of the projections, and of its gradient
   uint32_t inside;   // bit i: row i is in the span
+  uint32_t given;    // bit i: row i has its inputs and is not neutral
   int start;         // position of row 0
 
   __device__ __forceinline__ Slice(const ScanArgs& args_, const SharedLayout& layout_,
                                    const Place<V, kOneState>& place_, float* shared)
-      : args(args_), layout(layout_), place(place_), inside(0), start(0) {
+      : args(args_), layout(layout_), place(place_), inside(0), given(0), start(0) {
     rows = shared + layout.rows + place.warp * 4 * kRows;
     pixels = reinterpret_cast<int*>(shared + layout.pixels) + place.warp * kRows;
     features = shared + layout.features + place.warp * kRows * layout.feature_stride;
@@ -233,6 +234,7 @@ struct Slice {
   // The kernels for one state are for models, which all have softplus: no branch in the innermost loop.
   __device__ __forceinline__ bool has_softplus() const { return kOneState || args.delta_softplus; }
   __device__ __forceinline__ bool is_full() const { return inside == 0xffffu; }
+  __device__ __forceinline__ bool is_given(int row) const { return (given >> row) & 1; }
   __device__ __forceinline__ bool has(int row) const { return (inside >> row) & 1; }
   __device__ __forceinline__ int pixel(int row) const { return pixels[row]; }
   // The element at `base` (which is of pixel 0) of a row's pixel. The kernels for one state are launched for images of
@@ -273,19 +275,21 @@ struct Slice {
       bases[0] = reinterpret_cast<int64_t>(static_cast<const T*>(args.projections) + at * args.features);
   }
 
-  // Fetch positions and features of the slice that starts at `start_`, of `route`.
-  __device__ __forceinline__ void fetch(const Span& span, int route, int start_) {
+  // Fetch positions and features of the slice that starts at `start_`, of `route`. `first`: where inputs begin. A
+  // reverse route may start its band within a chunk; the backward, which knows the state at the chunk's start only,
+  // computes the positions between, without reading their states out (C = 0).
+  __device__ __forceinline__ void fetch(const Span& span, int route, int start_, int first) {
     start = start_;
     __syncwarp();  // the last slice is done with
     const int row = place.lane / 2, t = start + row;
-    const bool valid = t >= span.begin && t < span.end;
-    const int nearest = max(span.begin, min(t, span.end - 1));
+    const bool valid = t >= first && t < span.end;
+    const int nearest = max(first, min(t, span.end - 1));
     const int its_pixel = pixel_of<!kOneState>(args, route, span.order, nearest);
     if (place.lane % 2 == 0) {
       const bool reversed = span.order == kRowReversed || span.order == kColumnReversed;
       const int in_band = (reversed ? args.length - 1 - nearest : nearest) - place.band * args.band_length;
       // One row behind the map takes what positions outside would add.
-      const int its_row = !valid ? args.band_length : args.bands == 1 ? its_pixel : in_band;
+      const int its_row = !valid || t < span.begin ? args.band_length : args.bands == 1 ? its_pixel : in_band;
       pixels[row] = its_pixel;
       reinterpret_cast<uint32_t*>(rows)[4 * row] =
           static_cast<uint32_t>(its_pixel) * static_cast<uint32_t>(args.channels);
@@ -293,14 +297,17 @@ struct Slice {
     }
     const int before = start < span.begin ? span.begin - start : 0, after = start + kRows - span.end;
     inside = 0xffffu;
+    given = first < span.begin ? 0xffffu : 0u;
     if (before > 0) inside &= before >= kRows ? 0u : 0xffffu << before;
-    if (after > 0) inside &= after >= kRows ? 0u : 0xffffu >> after;
-    fetch_features(row, its_pixel, valid);
+    const uint32_t until_end = after <= 0 ? 0xffffu : after >= kRows ? 0u : 0xffffu >> after;
+    inside &= until_end;
+    given = (given | inside) & until_end;
+    fetch_features(row, its_pixel, valid, t >= span.begin);
     __syncwarp();
   }
 
   // B comes times ln 2.
-  __device__ __forceinline__ void fetch_features(int row, int its_pixel, bool valid) {
+  __device__ __forceinline__ void fetch_features(int row, int its_pixel, bool valid, bool read_out) {
     const int half = place.lane % 2, skip = layout.rank_padded - args.rank;
     const int64_t source =
         multiply_add_wide(its_pixel, args.slots * args.features * static_cast<int>(sizeof(T)), bases[0]) +
@@ -321,7 +328,7 @@ struct Slice {
           store_pair(target + column, pair[i][0], pair[i][1]);
         } else if (column == args.rank) {
           rows[4 * row + 1] = pair[i][0] * kLn2;
-          rows[4 * row + 3] = pair[i][1];
+          rows[4 * row + 3] = read_out ? pair[i][1] : 0.0f;
         }
       }
     } else {
@@ -333,9 +340,9 @@ struct Slice {
         if (state < 0)
           target[column] = value;
         else if constexpr (kOneState)
-          rows[4 * row + (state == 0 ? 1 : 3)] = state == 0 ? value * kLn2 : value;
+          rows[4 * row + (state == 0 ? 1 : 3)] = state == 0 ? value * kLn2 : read_out ? value : 0.0f;
         else
-          target[column + skip] = state < args.states ? value * kLn2 : value;
+          target[column + skip] = state < args.states ? value * kLn2 : read_out ? value : 0.0f;
       }
     }
     if (kProjected && half == 0) target[args.rank] = 1.0f;
@@ -374,11 +381,11 @@ struct Slice {
       store_pair(target + 8 * layout.z_stride, sum[tile][2], sum[tile][3]);
     }
     __syncwarp();
-    if (!is_full()) {
+    if (given != 0xffffu) {
       const float neutral = has_softplus() ? -INFINITY : 0.0f;
 #pragma unroll 1
       for (int row = 0; row < kRows; ++row)
-        if (!has(row))
+        if (!is_given(row))
           for (int v = 0; v < V; ++v) z[row * layout.z_stride + V * place.lane + v] = neutral;
     }
   }
@@ -412,7 +419,7 @@ struct Slice {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float scaled = fmaf(raw[v], kLog2E, bias[v]);
-        s[v] = has(row) ? (has_softplus() ? softplus2<T>(scaled) : scaled) : 0.0f;
+        s[v] = is_given(row) ? (has_softplus() ? softplus2<T>(scaled) : scaled) : 0.0f;
       }
     }
   }

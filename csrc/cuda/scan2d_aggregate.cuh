@@ -43,7 +43,7 @@ struct AggregateWalk {
     const int from = min(place.warp * share, count), until = min(from + share, count);
 #pragma unroll 1
     for (int i = 0; i < until - from; ++i) {
-      slice.fetch(span, route, first + kRows * (kAdjoint ? until - 1 - i : from + i));
+      slice.fetch(span, route, first + kRows * (kAdjoint ? until - 1 - i : from + i), span.begin);
       if constexpr (kRankTiles >= 0) slice.project();
       add_slice(route, bias);
     }

@@ -77,7 +77,7 @@ struct BackwardWalk {
     const int last = first + (span.end - 1 - first) / turn * turn;
 #pragma unroll 1
     for (int base = last; base >= first; base -= turn) {
-      slice.fetch(span, route, base + kRows * place.warp);
+      slice.fetch(span, route, base + kRows * place.warp, first);
       if constexpr (kProjected) slice.project();
       if constexpr (kOneState)
         one_state<kBounded>(route, rates, bias);
@@ -176,6 +176,7 @@ struct BackwardWalk {
       for (int v = 0; v < V; ++v) h[v] = fmaf(decay[row][v], h[v], input[v]);
     }
     float dB[kRows], dC[kRows];
+    forget_states_before();
 #pragma unroll
     for (int row = kRows - 1; row >= 0; --row) {
       const float B = slice.B(row, 0), C = slice.C(row, 0);
@@ -235,6 +236,16 @@ struct BackwardWalk {
 #pragma unroll 1
     for (int row = 0; row < kRows; ++row)
       if (!slice.has(row)) store_vector<V>(scratch(row), nothing);
+  }
+
+  // Positions before the span gave their inputs to the states, but their decays belong to another block: without the
+  // states before them they add nothing to the gradient of A.
+  __device__ __forceinline__ void forget_states_before() const {
+    if (slice.is_full()) return;
+    const float nothing[V] = {};
+#pragma unroll 1
+    for (int row = 0; row < kRows && !slice.has(row); ++row)
+      if (slice.is_given(row)) store_vector<V>(scratch(row), nothing);
   }
 
   // Sum the gradients of B and C in every row over the lanes and write them.
@@ -308,6 +319,7 @@ struct BackwardWalk {
 #pragma unroll
       for (int v = 0; v < V; ++v) h[v] = fmaf(decay[row][v], h[v], s[row][v] * B * x[row][v]);
     }
+    forget_states_before();
 #pragma unroll
     for (int row = kRows - 1; row >= 0; --row) {
       const float B = slice.B(row, state), C = slice.C(row, state);

@@ -52,7 +52,7 @@ struct ForwardWalk {
     const int turn = kRows * place.warps;
 #pragma unroll 1
     for (int base = span.begin / kChunk * kChunk; base < span.end; base += turn) {
-      slice.fetch(span, route, base + kRows * place.warp);
+      slice.fetch(span, route, base + kRows * place.warp, span.begin);
       if constexpr (kRankTiles >= 0) slice.project();
       if constexpr (kOneState)
         one_state<kBounded>(span, route, rates, bias);

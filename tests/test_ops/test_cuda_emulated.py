@@ -32,7 +32,7 @@ PLANS = {
     "one multiprocessor": {"SM_COUNT": "1", "SHARED_BYTES": "232448"},
     "eight": {"SM_COUNT": "8"},
     "a thousand": {"SM_COUNT": "1000"},
-    "little shared memory": {"SM_COUNT": "8", "SHARED_BYTES": "65536"},
+    "little shared memory": {"SM_COUNT": "8", "SHARED_BYTES": "81920"},
 }
 
 
