@@ -200,6 +200,7 @@ struct BackwardWalk {
       store_vector<V>(target, dx);
       store_vector<V>(scratch(row), dz);
     }
+    drop_rows_outside();
     write_row_sums(dB, dC, 0);
     if (place.warp == 0) store_vector<V>(carried(carry_half ^ 1, 0), r);
   }
@@ -228,8 +229,7 @@ struct BackwardWalk {
     }
   }
 
-  // What positions outside the span must not give to the gradients of the weights. With softplus they do not: their
-  // step size of 0 has a slope of 0.
+  // What positions outside the span must not give to the gradients of the weights.
   __device__ __forceinline__ void drop_rows_outside() const {
     if (slice.is_full()) return;
     const float nothing[V] = {};
