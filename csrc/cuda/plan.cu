@@ -70,11 +70,11 @@ bool set_bands(const Problem& problem, const Limits& limits, bool backward, int6
     const int turn = kRows * warps;
     int rows = std::max(1, ceil_div(ceil_div(problem.length, wanted), turn)) * turn;
     // Two blocks a multiprocessor hide each other's waiting; more rows than that are not worth a block's loneliness.
-    while (rows >= kChunk && !problem.by_visit &&
+    while (rows > kChunk && !problem.by_visit &&
            shared_bytes(problem, plan.variant, warps, rows + 1, backward) > limits.shared_bytes / 2)
       rows -= kChunk;
     const int bytes = shared_bytes(problem, plan.variant, warps, problem.by_visit ? 0 : rows + 1, backward);
-    if (rows < kChunk || bytes > limits.shared_bytes) continue;
+    if (bytes > limits.shared_bytes) continue;
     plan.warps = warps;
     plan.band_length = std::min(rows, problem.length);
     plan.bands = ceil_div(problem.length, plan.band_length);

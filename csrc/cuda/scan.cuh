@@ -74,7 +74,7 @@ __device__ __forceinline__ int divide(int x, const Divider& by) {
 
 // Where the arrays of a block lie in its shared memory, in floats.
 struct SharedLayout {
-  int bases, rates, weights, rows, pixels, features, z, exchange, carry, dweights, row_sums, map, size;
+  int bases, rates, weights, rows, pixels, features, z, exchange, carry, dweights, row_sums, first_states, map, size;
   int weight_stride, feature_stride, z_stride, dweight_stride, rank_padded;
 
   __host__ __device__ __forceinline__ SharedLayout(int width, int warps, int rank, int states, bool projected,
@@ -102,6 +102,7 @@ struct SharedLayout {
     dweight_stride = width + 4;
     dweights = take(backward ? rank_padded * dweight_stride : 0);
     row_sums = take(backward ? warps * kRows * kRowSumStride : 0);
+    first_states = take(backward ? states * width : 0);
     map = take(map_rows * width);
     size = at;
   }

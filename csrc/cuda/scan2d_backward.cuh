@@ -20,7 +20,7 @@ struct BackwardWalk {
   const SharedLayout layout;
   Slice<T, V, kOneState, kRankTiles> slice;
   Exchange<V, kOneState, 2> effects;
-  float *map, *carry, *dweights, *row_sums, *shared_rates;
+  float *map, *carry, *dweights, *row_sums, *shared_rates, *first_states;
   int64_t grad_out;  // address of this lane's channel at pixel 0
   float dA[V], dD[V], dbias[V];
   int carry_half = 0;
@@ -36,7 +36,8 @@ struct BackwardWalk {
         carry(shared + layout.carry),
         dweights(shared + layout.dweights),
         row_sums(shared + layout.row_sums),
-        shared_rates(shared + layout.rates) {
+        shared_rates(shared + layout.rates),
+        first_states(shared + layout.first_states) {
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
     grad_out = hidden(args.grad_out + at);
     if (!args.by_visit)
@@ -63,6 +64,10 @@ struct BackwardWalk {
     for (int v = 0; v < V; ++v) dA[v] = dD[v] = dbias[v] = 0.0f;
     start(route);
     __syncthreads();
+    if (span.begin % kChunk != 0) {
+      if (place.warp == 0) advance(span, route, bias);
+      __syncthreads();
+    }
     if (kOneState && are_bounded(rates))
       turns<kOneState>(span, route, bias);
     else
@@ -117,10 +122,46 @@ struct BackwardWalk {
     slice.set_gradients(args.dprojections + at * args.features);
   }
 
+  // A reverse route may start its band within a chunk: from the saved state compute that at the start of the band.
+  __device__ __forceinline__ void advance(const Span& span, int route, const float (&bias)[V]) {
+    Span before = span;
+    before.begin = span.begin / kChunk * kChunk;
+    before.end = span.begin;
+#pragma unroll 1
+    for (int first = before.begin; first < before.end; first += kRows) {
+      slice.fetch(before, route, first);
+      if constexpr (kProjected) slice.project();
+#pragma unroll 1
+      for (int state = 0; state < args.states; ++state) {
+        float rates[V], h[V];
+        slice.load_rates(route, state, rates);
+        if (first == before.begin)
+          load_states<V>(args.carries + state_index(args, place, route, args.chunks, before.begin / kChunk, state),
+                         place.valid, h);
+        else
+          load_vector<V>(first_states + state * kWidth + V * place.lane, h);
+#pragma unroll 1
+        for (int row = 0; row < kRows; ++row) {
+          const Packed<T, V> x = slice.load_x(row);
+          float s[V], exponent;
+          slice.step_sizes(row, bias, s);
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            h[v] = fmaf(step_decay(rates[v], s[v], exponent), h[v], s[v] * slice.B(row, state) * x[v]);
+        }
+        store_vector<V>(first_states + state * kWidth + V * place.lane, h);
+      }
+    }
+  }
+
   // The state at the start of the slice, as far as it is in memory: of the slice before, where chunks are two slices.
   __device__ __forceinline__ void load_saved(int route, int state, float (&h)[V]) const {
     const int chunk = min(slice.start / kChunk, args.chunks - 1);
-    load_states<V>(args.carries + state_index(args, place, route, args.chunks, chunk, state), place.valid, h);
+    // Up to the start of the band nothing moves the state, so there the one at its start is as good.
+    const float* saved = chunk * kChunk < slice.begin
+                             ? first_states + state * kWidth + V * place.lane
+                             : args.carries + state_index(args, place, route, args.chunks, chunk, state);
+    load_states<V>(saved, place.valid, h);
   }
 
   // Pass states and adjoints on between the warps; h and r as they enter this warp's slice.
