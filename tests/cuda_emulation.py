@@ -152,9 +152,24 @@ def _run(arguments: list[str]) -> None:
 
 @functools.cache
 def load() -> Any:
-    """Compile the kernels if need be, load them once and return the namespace of their operators."""
-    torch.ops.load_library(build(sources()))
+    """Compile the kernels if need be, load them once and return the namespace of their operators.
+
+    Raises:
+        RuntimeError: They do not compile; asked again, the same is said without another try.
+    """
+    built = _build_once()
+    if isinstance(built, RuntimeError):
+        raise built
+    torch.ops.load_library(built)
     return getattr(torch.ops, NAMESPACE)
+
+
+@functools.cache
+def _build_once() -> Path | RuntimeError:
+    try:
+        return build(sources())
+    except RuntimeError as error:
+        return error
 
 
 class _Scan(torch.autograd.Function):

@@ -141,7 +141,7 @@ def test_shapes_of_scan2d(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError(f"{dtype}, r {r}, n {n}, {kind}, l {length}, d {d}: {error}") from error
 
 
-# Channels, states and rank: what models have, with two channels a lane or one and a small even rank or any, and the rest.
+# Channels, states and rank: of models, with two channels a lane or one and a small even rank or any, and the rest.
 VARIANTS = {
     "pairs, small rank": (64, 1, 6),
     "pairs": (64, 1, 12),
