@@ -324,6 +324,23 @@ def cuda_environment(torch_cuda: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ""}
 
 
+def kernel_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Which CUDA kernels this checkout compiles: for the GPUs at hand, and none where there is no GPU to run them.
+
+    A checkout is for the machine it is on; wheels are built for many GPUs by setup.py itself, which never asks one.
+    ``MMVMAMBA_WITH_CUDA`` or ``TORCH_CUDA_ARCH_LIST`` in the environment decide instead.
+    """
+    if environ.get("MMVMAMBA_WITH_CUDA", "").strip() or environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        return {}
+    smi = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    found: list[str] = []
+    if smi is not None:
+        query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        answer = subprocess.run(query, stdout=subprocess.PIPE, universal_newlines=True, check=False)
+        found = sorted(set(re.findall(r"^(\d+\.\d)\s*$", answer.stdout, re.MULTILINE)))
+    return {"TORCH_CUDA_ARCH_LIST": ";".join(found)} if found else {"MMVMAMBA_WITH_CUDA": "0"}
+
+
 def make_environment(venv: Path, interpreter: Interpreter, log: Path) -> None:
     """Step 2, first half: an empty virtual environment; one that is there is deleted."""
     say(2, "creating {} with {}".format(venv, interpreter.path))
@@ -371,7 +388,7 @@ def install_package(venv: Path, log: Path) -> None:
     path = {"PATH": "{}{}{}".format(venv / "bin", os.pathsep, os.environ.get("PATH", ""))}
     say(6, "compiling and installing mmvmamba")
     # Not left to pip, which compiles in a fresh folder each time: this one recompiles only what changed.
-    build = {"MAX_JOBS": str(compile_jobs(os.environ)), **path}
+    build = {"MAX_JOBS": str(compile_jobs(os.environ)), **kernel_environment(os.environ), **path}
     run_logged(6, [python, "setup.py", "build_ext", "--inplace"], log, build)
     editable = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     run_logged(6, editable, log, {"MMVMAMBA_BUILD": "0", **path})

@@ -107,6 +107,26 @@ def test_jobs_follow_the_variable(bootstrap):
 
 
 @pytest.mark.parametrize(
+    ("capabilities", "wanted"),
+    [
+        (None, {"MMVMAMBA_WITH_CUDA": "0"}),
+        ("", {"MMVMAMBA_WITH_CUDA": "0"}),
+        ("No devices were found", {"MMVMAMBA_WITH_CUDA": "0"}),
+        ("9.0\n9.0\n8.6", {"TORCH_CUDA_ARCH_LIST": "8.6;9.0"}),
+    ],
+)
+def test_cuda_kernels_are_those_of_the_gpus_at_hand(bootstrap, tmp_path, capabilities, wanted):
+    if capabilities is not None:
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\nprintf '{capabilities}\\n'\n")
+        smi.chmod(0o755)
+    environ = {"PATH": str(tmp_path)}
+    assert bootstrap.kernel_environment(environ) == wanted
+    assert bootstrap.kernel_environment(environ | {"MMVMAMBA_WITH_CUDA": "1"}) == {}
+    assert bootstrap.kernel_environment(environ | {"TORCH_CUDA_ARCH_LIST": "8.0"}) == {}
+
+
+@pytest.mark.parametrize(
     ("log", "message"),
     [
         ("ERROR: Could not install: [Errno 28] No space left on device", "the disk is full"),
