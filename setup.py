@@ -47,6 +47,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 PYTHON_TAG = "cp310"  # must agree with requires-python in pyproject.toml
 SETUPTOOLS_MIN = 77  # the first that reads the licence fields of pyproject.toml
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
+OLDEST_CUDA_ARCH = 8.0  # tensor cores that read tf32, min.NaN
 # PyTorch's own names of generations, which its BuildExtension replaces by numbers.
 CUDA_ARCH_NAMES = "Kepler|Maxwell|Pascal|Volta|Turing|Ampere|Ada|Hopper|Blackwell"
 NVCC_SECONDS = 60  # it answers in well under a second; the rest is for a slow network disk
@@ -112,6 +113,39 @@ def parse_cuda_archs(text: str) -> tuple[str, ...]:
                 f"TORCH_CUDA_ARCH_LIST={text!r}: {arch!r} is not a GPU generation; write them like '8.0;9.0+PTX'"
             )
     return tuple(dict.fromkeys(archs))
+
+
+def supported_cuda_archs(text: str, nvcc_archs: Iterable[str]) -> tuple[str, ...]:
+    """Our default list without what this nvcc does not know, the newest of the rest with PTX; any other list as it is.
+
+    Args:
+        text: As in ``TORCH_CUDA_ARCH_LIST``.
+        nvcc_archs: What ``nvcc --list-gpu-arch`` prints, e.g. ``compute_90``.
+
+    Raises:
+        OptionError: A generation has not the instructions that the kernels use, or nothing is left.
+    """
+    archs = parse_cuda_archs(text)
+    for arch in archs:
+        if re.match(r"\d", arch) and float(arch.split("+")[0].rstrip("af")) < OLDEST_CUDA_ARCH:
+            raise OptionError(
+                f"TORCH_CUDA_ARCH_LIST={text!r}: the CUDA kernels need {OLDEST_CUDA_ARCH} (Ampere) or newer, {arch!r} "
+                "is older: leave it out (the Triton backend may serve that GPU)"
+            )
+    if text != DEFAULT_CUDA_ARCHS:
+        return archs
+    known = set(nvcc_archs)
+    kept = [arch.removesuffix("+PTX") for arch in archs]
+    kept = [arch for arch in kept if f"compute_{arch.replace('.', '')}" in known]
+    if not kept:
+        raise OptionError("this nvcc knows none of the GPU generations we build for: use CUDA 12 or newer")
+    return (*kept[:-1], f"{kept[-1]}+PTX")
+
+
+def list_nvcc_archs(home: Path) -> list[str]:
+    """What ``nvcc --list-gpu-arch`` of a toolkit prints."""
+    command = [str(home / "bin" / "nvcc"), "--list-gpu-arch"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=NVCC_SECONDS, check=True).stdout.split()
 
 
 def find_cuda_home(env: Mapping[str, str]) -> Path | None:
@@ -286,7 +320,7 @@ def make_extension(options: Options) -> tuple[Extension, str | None]:
     if cuda:
         # Before cpp_extension is imported, which looks for the toolkit once; without a list it asks the live GPU.
         os.environ["CUDA_HOME"] = str(home)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(parse_cuda_archs(options.cuda_archs))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(supported_cuda_archs(options.cuda_archs, list_nvcc_archs(home)))
     if options.max_jobs is not None:
         os.environ["MAX_JOBS"] = str(options.max_jobs)
     from torch.utils import cpp_extension
@@ -318,7 +352,8 @@ def make_stamp(version: str, options: Options, cuda: str | None) -> dict[str, An
         "torch_built": torch.__version__.split("+")[0],
         "machine": platform.machine(),
         "cuda": cuda,
-        "cuda_archs": list(parse_cuda_archs(options.cuda_archs)) if cuda else [],
+        # What the build was given, after `supported_cuda_archs`.
+        "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"].split(";") if cuda else [],
         "sources_sha256": sources_sha256(ROOT),
     }
 

@@ -170,7 +170,8 @@ def check_no_growth(sample: Sample, device: str, backend: str, calls: int) -> No
     before = held()
     for _ in range(calls):
         forward_backward(moved, backend)
-    assert held() == before
+    # Fewer is possible: what earlier tests left behind may go meanwhile.
+    assert held() <= before
 
 
 def check_isolation(device: str, backend: str, poison: float) -> None:

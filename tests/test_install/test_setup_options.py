@@ -24,7 +24,7 @@ def write_command(folder: Path, name: str, text: str) -> Path:
 def test_defaults(setup_py):
     options = setup_py.read_options({})
     assert (options.build, options.cuda, options.max_jobs, options.debug) == ("auto", "auto", None, False)
-    assert setup_py.parse_cuda_archs(options.cuda_archs) == ("7.5", "8.0", "8.6", "9.0+PTX")
+    assert setup_py.parse_cuda_archs(options.cuda_archs) == ("8.0", "8.6", "8.9", "9.0", "10.0+PTX")
 
 
 def test_every_option_is_read(setup_py):
@@ -56,10 +56,22 @@ def test_an_unknown_value_names_the_variable_and_what_is_allowed(setup_py, name,
         setup_py.read_options({name: value})
 
 
+def test_the_default_generations_are_those_that_nvcc_knows(setup_py):
+    default = setup_py.DEFAULT_CUDA_ARCHS
+    newest = ["compute_75", "compute_80", "compute_86", "compute_89", "compute_90", "compute_100", "compute_120"]
+    assert setup_py.supported_cuda_archs(default, newest) == ("8.0", "8.6", "8.9", "9.0", "10.0+PTX")
+    assert setup_py.supported_cuda_archs(default, newest[:5]) == ("8.0", "8.6", "8.9", "9.0+PTX")
+    assert setup_py.supported_cuda_archs("9.0a", []) == ("9.0a",)
+    with pytest.raises(setup_py.OptionError, match="knows none"):
+        setup_py.supported_cuda_archs(default, ["compute_75"])
+    with pytest.raises(setup_py.OptionError, match="need 8.0.*'7.5' is older"):
+        setup_py.supported_cuda_archs("7.5;9.0", newest)
+
+
 def test_gpu_generations_have_names_too(setup_py):
     assert setup_py.parse_cuda_archs("Ampere+Tegra, Hopper;Blackwell") == ("Ampere+Tegra", "Hopper", "Blackwell")
-    assert setup_py.parse_cuda_archs("All") == ("7.5", "8.0", "8.6", "9.0+PTX")
-    assert setup_py.parse_cuda_archs("Common;8.0;12.0") == ("7.5", "8.0", "8.6", "9.0+PTX", "12.0")
+    assert setup_py.parse_cuda_archs("All") == ("8.0", "8.6", "8.9", "9.0", "10.0+PTX")
+    assert setup_py.parse_cuda_archs("Common;8.0;12.0") == ("8.0", "8.6", "8.9", "9.0", "10.0+PTX", "12.0")
 
 
 @pytest.mark.parametrize("text", ["sm_90", "8.0;hoper", "8"])
@@ -241,12 +253,12 @@ def test_the_hash_covers_headers_and_names(setup_py, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"MMVMAMBA_WITH_CUDA": "1"}, "MMVMAMBA_WITH_CUDA=1, but this version of mmvmamba has no CUDA sources"),
+        ({"MMVMAMBA_WITH_CUDA": "1", "CUDA_HOME": "/no/such"}, "CUDA_HOME='/no/such' has no bin/nvcc"),
         ({"MMVMAMBA_WITH_CUDA": "perhaps"}, "MMVMAMBA_WITH_CUDA='perhaps' is not understood"),
         ({"MMVMAMBA_BUILD": "0"}, "MMVMAMBA_BUILD=0 forbids what 'build_ext' asks for"),
         ({"CXX": "/no/such/compiler"}, "there is no C\\+\\+ compiler"),
     ],
-    ids=["cuda-without-sources", "unknown-value", "contradiction", "no-compiler"],
+    ids=["cuda-without-toolkit", "unknown-value", "contradiction", "no-compiler"],
 )
 def test_build_ext_stops_with_one_line(root, tmp_path, environment, message):
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
