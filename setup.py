@@ -342,7 +342,7 @@ def make_extension(options: Options) -> tuple[Extension, str | None]:
     return extension, torch.version.cuda if cuda else None
 
 
-def make_stamp(version: str, options: Options, cuda: str | None) -> dict[str, Any]:
+def make_stamp(version: str, cuda: str | None) -> dict[str, Any]:
     """What the loader reads before it opens the library."""
     import torch
 
@@ -371,7 +371,7 @@ def make_build_ext(options: Options, cuda: str | None) -> type:
                 give_up(options, f"the build failed, see the compiler's messages above ({error})")
                 self._forget_extension()
                 return
-            stamp = make_stamp(self.distribution.get_version(), options, cuda)
+            stamp = make_stamp(self.distribution.get_version(), cuda)
             path = Path(self.get_ext_fullpath(NAME)).with_name("_C.json")
             path.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
