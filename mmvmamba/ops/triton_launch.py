@@ -59,9 +59,9 @@ class Routes:
 
 @dataclass(frozen=True)
 class Problem:
-    """A scan as the kernels see it: every tensor (b, k, p, c) with any strides, parameters contiguous float32.
+    """A scan as the kernels see it: every tensor (b, k, p, c) with any strides, parameters contiguous float32, ``A`` as (k, n, d).
 
-    ``step`` holds features of rank r where ``weight`` (k, d, r) is given, else the step sizes themselves.
+    ``step`` holds features of rank r where ``weight`` (k, r, d) is given, else the step sizes themselves.
     """
 
     x: Tensor
@@ -78,7 +78,7 @@ class Problem:
 
     @property
     def rank(self) -> int:
-        return 0 if self.weight is None else self.weight.shape[2]
+        return 0 if self.weight is None else self.weight.shape[1]
 
     def constants(self) -> dict[str, Any]:
         """The compile-time choices that all kernels share."""
@@ -87,7 +87,7 @@ class Problem:
             "SOFTPLUS": self.softplus,
             "HAS_BIAS": self.bias is not None,
             "RANK": triton.next_power_of_2(self.rank) if self.rank else 0,
-            "BLOCK_N": triton.next_power_of_2(max(1, self.A.shape[2])),
+            "BLOCK_N": triton.next_power_of_2(max(1, self.A.shape[1])),
             "num_warps": 1,
         }
 
@@ -127,7 +127,7 @@ def scan_forward(problem: Problem, y: Tensor, carries: Tensor | None, last_state
     """
     x, A, routes = problem.x, problem.A, problem.routes
     b, k, _, d = x.shape
-    n = A.shape[2]
+    n = A.shape[1]
     cut = plan(b * k, d, problem.length)
     starts = A.new_empty((b * k, cut.segments, n, d)) if cut.segments > 1 else A
     sums = torch.empty_like(starts) if cut.segments > 1 else A
@@ -152,7 +152,12 @@ def scan_forward(problem: Problem, y: Tensor, carries: Tensor | None, last_state
 
 
 def scan_backward(
-    problem: Problem, grad_out: Tensor, grad_last_state: Tensor | None, carries: Tensor, dx: Tensor, dstep: Tensor | None
+    problem: Problem,
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    carries: Tensor,
+    dx: Tensor,
+    dstep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run the gradients of the scan.
 
@@ -170,7 +175,7 @@ def scan_backward(
     """
     x, A, routes = problem.x, problem.A, problem.routes
     b, k, _, d = x.shape
-    n, r = A.shape[2], problem.rank
+    n, r = A.shape[1], problem.rank
     cut = plan(b * k, d, problem.length)
     constants = problem.constants()
     places = dx.shape[2]

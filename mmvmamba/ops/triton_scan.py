@@ -18,16 +18,61 @@ _LARGEST = tl.constexpr(127.998)
 
 
 @triton.jit
-def _pixel(t, length, height, width, code, route_ptr, ROUTE: tl.constexpr):
-    """Pixel of position t. ROUTE: 0 t itself, 1 a named order, 2 a list of pixels."""
+def _walk(code, length, height, width, ROUTE: tl.constexpr):
+    """How a route goes on: positions in a line, pixels to the next position, and what the next line adds to that."""
+    line = length
+    stride = 1
+    turn = 0
+    if ROUTE == 1:
+        sign = tl.where(code >= 2, -1, 1)
+        column = code % 2 == 1
+        line = tl.where(column, height, length)
+        stride = sign * tl.where(column, width, 1)
+        turn = sign * tl.where(column, 1 - height * width, 0)
+    return line, stride, turn
+
+
+@triton.jit
+def _pixel(t, length, height, width, code, ROUTE: tl.constexpr):
+    """Pixel of position t and its place in the line; divides, so it is for the start of a walk."""
+    pixel = t
+    place = t
+    if ROUTE == 1:
+        walked = tl.where(code >= 2, length - 1 - t, t)
+        pixel = tl.where(code % 2 == 1, (walked % height) * width + walked // height, walked)
+        place = tl.where(code % 2 == 1, t % height, t)
+    return pixel, place
+
+
+@triton.jit
+def _next(pixel, place, line, stride, turn, ROUTE: tl.constexpr):
+    pixel += stride
+    if ROUTE == 1:
+        last = place == line - 1
+        pixel += tl.where(last, turn, 0)
+        place = tl.where(last, 0, place + 1)
+    return pixel, place
+
+
+@triton.jit
+def _previous(pixel, place, line, stride, turn, ROUTE: tl.constexpr):
+    pixel -= stride
+    if ROUTE == 1:
+        first = place == 0
+        pixel -= tl.where(first, turn, 0)
+        place = tl.where(first, line - 1, place - 1)
+    return pixel, place
+
+
+@triton.jit
+def _visited(walked, t, route_ptr, ROUTE: tl.constexpr):
+    """Pixel to read, and where to write: a route given as a list may visit a pixel twice, so its visits have places."""
+    pixel = walked.to(tl.int64)
+    place = pixel
     if ROUTE == 2:
         pixel = tl.load(route_ptr + t).to(tl.int64)
-    elif ROUTE == 1:
-        walked = tl.where(code >= 2, length - 1 - t, t)
-        pixel = tl.where(code % 2 == 1, (walked % height) * width + walked // height, walked).to(tl.int64)
-    else:
-        pixel = t.to(tl.int64)
-    return pixel
+        place = t.to(tl.int64)
+    return pixel, place
 
 
 @triton.jit
@@ -81,8 +126,14 @@ def _parameters(
 ):  # fmt: skip
     """A (n, d), D (d,), and the weights (r, d) and bias (d,) of the step size in units of ln 2."""
     lanes = route.to(tl.int64) * d + channels
+    # (k, n, d) and (k, r, d): neighbouring lanes read neighbouring channels, and a lane keeps all of its rows
+    first = route.to(tl.int64) * d
     states = tl.arange(0, BLOCK_N)
-    A = tl.load(a_ptr + lanes[None, :] * n + states[:, None], mask=mask_d[None, :] & (states < n)[:, None], other=0.0)
+    A = tl.load(
+        a_ptr + (first * n + channels)[None, :] + states[:, None] * d,
+        mask=mask_d[None, :] & (states < n)[:, None],
+        other=0.0,
+    )
     skip = tl.zeros([BLOCK_D], tl.float32)
     bias = tl.zeros([BLOCK_D], tl.float32)
     if HAS_D:
@@ -94,7 +145,7 @@ def _parameters(
     else:
         rows = tl.arange(0, RANK)
         inside = mask_d[None, :] & (rows < rank)[:, None]
-        W = tl.load(w_ptr + lanes[None, :] * rank + rows[:, None], mask=inside, other=0.0) * _LOG2E
+        W = tl.load(w_ptr + (first * rank + channels)[None, :] + rows[:, None] * d, mask=inside, other=0.0) * _LOG2E
     return A, skip, W, bias
 
 
@@ -133,8 +184,10 @@ def forward_kernel(
             h = tl.load(starts_ptr + at_segment, mask=mask, other=0.0)
     t = segment * segment_length
     end = tl.minimum(t + segment_length, length)
+    line, stride, turn = _walk(code, length, height, width, ROUTE)
+    walked, in_line = _pixel(t, length, height, width, code, ROUTE)
     while t < end:
-        pixel = _pixel(t, length, height, width, code, route_ptr, ROUTE)
+        pixel, place = _visited(walked, t, route_ptr, ROUTE)
         u = tl.load(x_ptr + pixel * xs_p + channels * xs_c, mask=mask_d, other=0.0).to(tl.float32)
         B = tl.load(b_ptr + pixel * bs_p + states * bs_c, mask=mask_n, other=0.0).to(tl.float32)
         z, _feature = _step_inputs(dt_ptr, ds_p, ds_c, pixel, W, bias, channels, mask_d, rank, RANK)
@@ -154,10 +207,8 @@ def forward_kernel(
             y = tl.sum(h * C[:, None], axis=0)
             if HAS_D:
                 y += skip * u
-            place = pixel
-            if ROUTE == 2:
-                place = t.to(tl.int64)  # a route may visit a pixel twice: every visit has a place of its own
             tl.store(y_ptr + place * ys_p + channels * ys_c, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+        walked, in_line = _next(walked, in_line, line, stride, turn, ROUTE)
         t += 1
     if AGGREGATE:
         tl.store(starts_ptr + at_segment, h, mask=mask)

@@ -5,7 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmvmamba.ops.triton_scan import _decay2, _parameters, _pixel, _softplus2, _step_inputs, _unpack
+from mmvmamba.ops.triton_scan import (
+    _decay2,
+    _next,
+    _parameters,
+    _pixel,
+    _previous,
+    _softplus2,
+    _step_inputs,
+    _unpack,
+    _visited,
+    _walk,
+)
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -34,8 +45,10 @@ def adjoint_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     start = segment * segment_length
     t = tl.minimum(start + segment_length, length) - 1
+    line, stride, turn = _walk(code, length, height, width, ROUTE)
+    walked, in_line = _pixel(t, length, height, width, code, ROUTE)
     while t >= start:
-        pixel = _pixel(t, length, height, width, code, route_ptr, ROUTE)
+        pixel, _place = _visited(walked, t, route_ptr, ROUTE)
         dy = tl.load(g_ptr + pixel * gs_p + channels * gs_c, mask=mask_d, other=0.0).to(tl.float32)
         C = tl.load(c_ptr + pixel * cs_p + states * cs_c, mask=mask_n, other=0.0).to(tl.float32)
         z, _feature = _step_inputs(dt_ptr, ds_p, ds_c, pixel, W, bias, channels, mask_d, rank, RANK)
@@ -45,6 +58,7 @@ def adjoint_kernel(
         exponent = _decay2(step, A)
         carry = tl.exp2(exponent) * (C[:, None] * dy[None, :] + carry)
         total += exponent
+        walked, in_line = _previous(walked, in_line, line, stride, turn, ROUTE)
         t -= 1
     inner = states[:, None].to(tl.int64) * d + channels[None, :]
     place = ((batch * routes + route) * segments + segment) * n * d + inner
@@ -104,12 +118,14 @@ def backward_kernel(
     segment_start = segment * segment_length
     end = tl.minimum(segment_start + segment_length, length)
     chunk_start = ((end - 1) // 32) * 32
+    line, stride, turn = _walk(code, length, height, width, ROUTE)
     while chunk_start >= segment_start:
         h = tl.load(carries_ptr + (chain * chunks + chunk_start // 32) * n * d + inner, mask=mask, other=0.0)
         t = chunk_start
+        walked, in_line = _pixel(t, length, height, width, code, ROUTE)
         while t < end:
             tl.store(scratch + (t - chunk_start) * BLOCK_N * BLOCK_D + scratch_at, h)
-            pixel = _pixel(t, length, height, width, code, route_ptr, ROUTE)
+            pixel, place = _visited(walked, t, route_ptr, ROUTE)
             u = tl.load(x_ptr + pixel * xs_p + channels * xs_c, mask=mask_d, other=0.0).to(tl.float32)
             B = tl.load(b_ptr + pixel * bs_p + states * bs_c, mask=mask_n, other=0.0).to(tl.float32)
             z, _feature = _step_inputs(dt_ptr, ds_p, ds_c, pixel, W, bias, channels, mask_d, rank, RANK)
@@ -117,12 +133,14 @@ def backward_kernel(
             if SOFTPLUS:
                 step = _softplus2(z, tl.exp2(-tl.abs(z)))
             h = tl.exp2(_decay2(step, A)) * h + (step * _LN2 * u)[None, :] * B[:, None]
+            walked, in_line = _next(walked, in_line, line, stride, turn, ROUTE)
             t += 1
         tl.debug_barrier()
         t = end - 1
+        walked, in_line = _pixel(t, length, height, width, code, ROUTE)
         while t >= chunk_start:
             before = tl.load(scratch + (t - chunk_start) * BLOCK_N * BLOCK_D + scratch_at)
-            pixel = _pixel(t, length, height, width, code, route_ptr, ROUTE)
+            pixel, place = _visited(walked, t, route_ptr, ROUTE)
             u = tl.load(x_ptr + pixel * xs_p + channels * xs_c, mask=mask_d, other=0.0).to(tl.float32)
             dy = tl.load(g_ptr + pixel * gs_p + channels * gs_c, mask=mask_d, other=0.0).to(tl.float32)
             B = tl.load(b_ptr + pixel * bs_p + states * bs_c, mask=mask_n, other=0.0).to(tl.float32)
@@ -150,9 +168,6 @@ def backward_kernel(
             if HAS_D:
                 dx += skip * dy
                 dD += dy * u
-            place = pixel
-            if ROUTE == 2:
-                place = t.to(tl.int64)
             tl.store(dx_ptr + place * dxs_p + channels * dxs_c, dx.to(dx_ptr.dtype.element_ty), mask=mask_d)
             part = parts_ptr + place * width_of_part
             if RANK == 0:
@@ -165,6 +180,7 @@ def backward_kernel(
                 part += rank
             tl.store(part + states, tl.sum(q * du_injected[None, :], axis=1), mask=mask_n)
             tl.store(part + n + states, tl.sum(h * dy[None, :], axis=1), mask=mask_n)
+            walked, in_line = _previous(walked, in_line, line, stride, turn, ROUTE)
             t -= 1
         tl.debug_barrier()
         end = chunk_start

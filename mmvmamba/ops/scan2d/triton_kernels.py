@@ -102,9 +102,9 @@ def _problem(
     return Problem(
         x=x.contiguous().view(b, 1, h * w, d).expand(b, k, h * w, d),
         step=step, B=B, C=C,
-        weight=dt_weight.float().contiguous(),
+        weight=dt_weight.float().transpose(1, 2).contiguous(),
         bias=None if dt_bias is None else dt_bias.float().contiguous(),
-        A=A.float().contiguous(),
+        A=A.float().transpose(1, 2).contiguous(),
         D=None if D is None else D.float().contiguous(),
         routes=routes,
         length=h * w if routes.pixels is None else routes.pixels.shape[1],

@@ -49,8 +49,9 @@ def backward(
         return tuple(A.new_empty(0) if v is None else v.new_zeros(v.shape) for v in inputs)
     problem = _problem(*inputs, delta_softplus)
     by_route = carries.view(b, -1, n, groups, d // groups).permute(0, 3, 1, 2, 4).contiguous()
-    du, ddelta = torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty(
-        delta.shape, dtype=delta.dtype, device=u.device
+    du, ddelta = (
+        torch.empty(u.shape, dtype=u.dtype, device=u.device),
+        torch.empty(delta.shape, dtype=delta.dtype, device=u.device),
     )
     last = None if grad_last_state is None else grad_last_state.float().contiguous()
     parts, params = scan_backward(
@@ -84,7 +85,7 @@ def _problem(
         C=C.transpose(2, 3),
         weight=None,
         bias=None if delta_bias is None else delta_bias.float().reshape(per_group).contiguous(),
-        A=A.float().reshape(*per_group, A.shape[1]).contiguous(),
+        A=A.float().reshape(*per_group, A.shape[1]).transpose(1, 2).contiguous(),
         D=None if D is None else D.float().reshape(per_group).contiguous(),
         routes=Routes(0, 0, None, 1, length),
         length=length,
