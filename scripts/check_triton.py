@@ -24,7 +24,7 @@ VARIANTS = tuple(
     for dtype, n, r in (("bf16", 1, 6), ("fp32", 1, 6), ("bf16", 1, 24), ("bf16", 16, 6), ("fp32", 16, 0))
 )
 HOT = tuple((kernel, dtype, 1, 6) for kernel in (FORWARD, BACKWARD) for dtype in ("bf16", "fp32"))
-BLOCK_D = 32
+CHANNELS = 96
 
 _STREAMS = {"x_ptr", "dt_ptr", "b_ptr", "c_ptr", "g_ptr"}
 _LISTS = {"route_ptr"}
@@ -47,6 +47,7 @@ class Report:
 
     @property
     def hot(self) -> bool:
+        """Whether spills of this kernel are a failure."""
         return (self.kernel, self.dtype, self.n, self.r) in HOT
 
     def __str__(self) -> str:
@@ -64,12 +65,13 @@ def compile_variant(kernel: str, dtype: str, n: int, r: int, capability: int) ->
     from triton.compiler import ASTSource
 
     from mmvmamba.ops import triton_scan, triton_scan_backward
+    from mmvmamba.ops.triton_launch import channels_per_program
 
     function: Any = getattr(triton_scan if kernel == FORWARD else triton_scan_backward, kernel)
     constants: dict[str, Any] = {
         "ROUTE": 1 if r else 0, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_D": True, "AGGREGATE": False,
         "SEGMENTED": False, "SAVE": True, "HAS_LAST": r == 0, "HAS_START": False,
-        "RANK": triton.next_power_of_2(r) if r else 0, "BLOCK_N": n, "BLOCK_D": BLOCK_D,
+        "RANK": triton.next_power_of_2(r) if r else 0, "BLOCK_N": n, "BLOCK_D": channels_per_program(CHANNELS, n, r),
     }  # fmt: skip
     # Of a stride 1 Triton makes a constant: channels of maps are contiguous, and so are positions of sequences.
     constants |= {"n": 1} if n == 1 else {}

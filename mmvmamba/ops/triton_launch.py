@@ -13,8 +13,8 @@ from mmvmamba.ops.library import CHUNK, chunk_count
 from mmvmamba.ops.triton_scan import carry_kernel, forward_kernel, merge_kernel
 from mmvmamba.ops.triton_scan_backward import adjoint_kernel, backward_kernel
 
-TARGET_PROGRAMS = 4096
-"""Programs of one warp that keep a large GPU busy (132 processors of up to 32 each)."""
+TARGET_PROGRAMS = 2048
+"""Programs of one warp that we expect to keep a large GPU busy (16 on each of 128 processors); not measured yet."""
 SHORTEST_SEGMENT = 64
 """Positions below which cutting a route costs more than it gains."""
 LARGEST_CODED = 31
@@ -31,17 +31,27 @@ class Plan:
     segment_length: int
 
 
-def plan(chains: int, d: int, length: int) -> Plan:
+def channels_per_program(d: int, n: int, rank: int) -> int:
+    """Two channels per lane where their states and weights fit into registers (scripts/check_triton.py), else one."""
+    return 64 if d > 32 and n == 1 and rank <= 8 else 32
+
+
+def plan(chains: int, d: int, length: int, n: int = 1, rank: int = 0) -> Plan:
     """Cut a scan into blocks of channels and segments of positions.
 
     Args:
         chains: Batch entries times routes.
         d: Channels of a route.
         length: Positions of a route, at least 1.
+        n: States of a channel.
+        rank: Features per step size, 0 where the step sizes are given.
     """
-    block_d = 32
+    block_d = channels_per_program(d, n, rank)
     blocks = -(-d // block_d)
-    wanted = max(1, min(-(-TARGET_PROGRAMS // max(1, chains * blocks)), length // SHORTEST_SEGMENT))
+    programs = max(1, chains * blocks)
+    wanted = 1
+    if 2 * programs < TARGET_PROGRAMS:  # above, the additional pass over the inputs costs more than it gains
+        wanted = max(1, min(-(-TARGET_PROGRAMS // programs), length // SHORTEST_SEGMENT))
     segment_length = CHUNK * chunk_count(-(-length // wanted))
     return Plan(block_d, blocks, -(-length // segment_length), segment_length)
 
@@ -78,6 +88,7 @@ class Problem:
 
     @property
     def rank(self) -> int:
+        """Features per step size, 0 where the step sizes are given."""
         return 0 if self.weight is None else self.weight.shape[1]
 
     def constants(self) -> dict[str, Any]:
@@ -128,7 +139,7 @@ def scan_forward(problem: Problem, y: Tensor, carries: Tensor | None, last_state
     x, A, routes = problem.x, problem.A, problem.routes
     b, k, _, d = x.shape
     n = A.shape[1]
-    cut = plan(b * k, d, problem.length)
+    cut = plan(b * k, d, problem.length, n, problem.rank)
     starts = A.new_empty((b * k, cut.segments, n, d)) if cut.segments > 1 else A
     sums = torch.empty_like(starts) if cut.segments > 1 else A
     weight, bias, _ = _parameters(problem)
@@ -176,7 +187,7 @@ def scan_backward(
     x, A, routes = problem.x, problem.A, problem.routes
     b, k, _, d = x.shape
     n, r = A.shape[1], problem.rank
-    cut = plan(b * k, d, problem.length)
+    cut = plan(b * k, d, problem.length, n, problem.rank)
     constants = problem.constants()
     places = dx.shape[2]
     programs = b * k * cut.blocks * cut.segments
@@ -218,7 +229,8 @@ def merge_visits(visits: Tensor, routes: Routes, groups: int, out: Tensor) -> No
         groups: 1 to sum over routes, k to keep them apart.
         out: Receives (b, pixels, groups, c), contiguous.
     """
-    assert routes.pixels is not None  # noqa: S101
+    if routes.pixels is None:
+        raise ValueError("merge_visits: routes have no list of pixels; expected one. Sum over routes instead.")
     b, k, length, c = visits.shape
     pixels = routes.h * routes.w
     in_order, visit = torch.sort(routes.pixels, dim=1, stable=True)

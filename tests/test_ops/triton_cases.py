@@ -119,9 +119,9 @@ def test_map_without_options(softplus: bool) -> None:
     check_map(map_inputs(h=4, w=3, options=False, softplus=softplus), [0, 1], None, softplus)
 
 
-@pytest.mark.parametrize("d", [1, 33])
-def test_map_blocks_of_channels_and_wide_rank(d: int) -> None:
-    check_map(map_inputs(b=2, h=2, w=3, d=d, r=17), [0, 1])
+@pytest.mark.parametrize(("d", "r"), [(1, 17), (33, 17), (33, 3), (65, 3)])
+def test_map_blocks_of_channels_and_wide_rank(d: int, r: int) -> None:
+    check_map(map_inputs(b=2, h=2, w=3, d=d, r=r), [0, 1])
 
 
 def test_more_orders_than_one_number_holds() -> None:
@@ -196,6 +196,6 @@ def test_decay_beyond_float32_times_zero_is_zero(segments: int) -> None:
 def test_plan_fills_a_gpu_with_few_chains() -> None:
     cut = triton_launch.plan(4, 96, 1 << 20)
     assert 4 * cut.blocks * cut.segments >= triton_launch.TARGET_PROGRAMS // 2
-    assert triton_launch.plan(128 * 4, 96, 3136).segments <= 3
+    assert triton_launch.plan(128 * 4, 96, 3136).segments == 1
     make: Callable[..., Any] = triton_launch.plan
     assert all(make(2, d, ln).segment_length % 32 == 0 for d in (1, 99) for ln in (1, 33, 5000))

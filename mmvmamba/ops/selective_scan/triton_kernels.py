@@ -43,7 +43,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of u, delta, A, B, C, D and delta_bias; ``A.new_empty(0)`` for an absent one."""
     inputs = (u, delta, A, B, C, D, delta_bias)
-    b, d, length = u.shape
+    b, d, _ = u.shape
     n, groups = A.shape[1], B.shape[1]
     if u.numel() == 0:
         return tuple(A.new_empty(0) if v is None else v.new_zeros(v.shape) for v in inputs)
