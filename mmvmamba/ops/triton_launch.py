@@ -69,7 +69,7 @@ class Routes:
 
 @dataclass(frozen=True)
 class Problem:
-    """A scan as the kernels see it: every tensor (b, k, p, c) with any strides, parameters contiguous float32, ``A`` as (k, n, d).
+    """A scan as the kernels see it: tensors (b, k, p, c) of any strides; parameters contiguous float32, A (k, n, d).
 
     ``step`` holds features of rank r where ``weight`` (k, r, d) is given, else the step sizes themselves.
     """
