@@ -71,7 +71,8 @@ def compile_variant(kernel: str, dtype: str, n: int, r: int, capability: int) ->
     constants: dict[str, Any] = {
         "ROUTE": 1 if r else 0, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_D": True, "AGGREGATE": False,
         "SEGMENTED": False, "SAVE": True, "HAS_LAST": r == 0, "HAS_START": False,
-        "RANK": triton.next_power_of_2(r) if r else 0, "BLOCK_N": n, "BLOCK_D": channels_per_program(CHANNELS, n, r),
+        "RANK": triton.next_power_of_2(r) if r else 0, "BLOCK_N": n,
+        "BLOCK_D": channels_per_program(CHANNELS, n, r, kernel != FORWARD),
     }  # fmt: skip
     # Of a stride 1 Triton makes a constant: channels of maps are contiguous, and so are positions of sequences.
     constants |= {"n": 1} if n == 1 else {}

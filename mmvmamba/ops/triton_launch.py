@@ -31,12 +31,12 @@ class Plan:
     segment_length: int
 
 
-def channels_per_program(d: int, n: int, rank: int) -> int:
-    """Two channels per lane where their states and weights fit into registers (scripts/check_triton.py), else one."""
-    return 64 if d > 32 and n == 1 and rank <= 8 else 32
+def channels_per_program(d: int, n: int, rank: int, backward: bool = False) -> int:
+    """Two channels per lane where that spills no registers (scripts/check_triton.py; the backward does), else one."""
+    return 64 if not backward and d > 32 and n == 1 and rank <= 8 else 32
 
 
-def plan(chains: int, d: int, length: int, n: int = 1, rank: int = 0) -> Plan:
+def plan(chains: int, d: int, length: int, n: int = 1, rank: int = 0, backward: bool = False) -> Plan:
     """Cut a scan into blocks of channels and segments of positions.
 
     Args:
@@ -45,8 +45,9 @@ def plan(chains: int, d: int, length: int, n: int = 1, rank: int = 0) -> Plan:
         length: Positions of a route, at least 1.
         n: States of a channel.
         rank: Features per step size, 0 where the step sizes are given.
+        backward: Whether it is cut for the gradients.
     """
-    block_d = channels_per_program(d, n, rank)
+    block_d = channels_per_program(d, n, rank, backward)
     blocks = -(-d // block_d)
     programs = max(1, chains * blocks)
     wanted = 1
@@ -187,7 +188,7 @@ def scan_backward(
     x, A, routes = problem.x, problem.A, problem.routes
     b, k, _, d = x.shape
     n, r = A.shape[1], problem.rank
-    cut = plan(b * k, d, problem.length, n, problem.rank)
+    cut = plan(b * k, d, problem.length, n, r, True)
     constants = problem.constants()
     places = dx.shape[2]
     programs = b * k * cut.blocks * cut.segments
