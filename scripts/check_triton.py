@@ -65,7 +65,7 @@ def compile_variant(kernel: str, dtype: str, n: int, r: int, capability: int) ->
     from triton.compiler import ASTSource
 
     from mmvmamba.ops import triton_scan, triton_scan_backward
-    from mmvmamba.ops.triton_launch import channels_per_program
+    from mmvmamba.ops.triton_launch import backward_registers, channels_per_program
 
     function: Any = getattr(triton_scan if kernel == FORWARD else triton_scan_backward, kernel)
     constants: dict[str, Any] = {
@@ -85,7 +85,11 @@ def compile_variant(kernel: str, dtype: str, n: int, r: int, capability: int) ->
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
     }  # fmt: skip
     source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 1, "maxnreg": backward_registers(n, r) if kernel == BACKWARD else None},
+    )
     return _read(compiled, kernel, dtype, n, r, capability)
 
 

@@ -36,6 +36,11 @@ def channels_per_program(d: int, n: int, rank: int, backward: bool = False) -> i
     return 64 if not backward and d > 32 and n == 1 and rank <= 8 else 32
 
 
+def backward_registers(n: int, rank: int) -> int | None:
+    """Limit of registers: left alone, ptxas aims at 128 and spills 24 bytes for sm_80 (scripts/check_triton.py)."""
+    return 160 if n == 1 and rank <= 8 else None
+
+
 def plan(chains: int, d: int, length: int, n: int = 1, rank: int = 0, backward: bool = False) -> Plan:
     """Cut a scan into blocks of channels and segments of positions.
 
@@ -216,7 +221,7 @@ def scan_backward(
         routes.codes, k, d, n, r, problem.length, places, routes.h, routes.w, chunk_count(problem.length),
         cut.blocks, cut.segments, cut.segment_length, b,
         HAS_D=problem.D is not None, HAS_START=cut.segments > 1 or grad_last_state is not None, BLOCK_D=cut.block_d,
-        **constants,
+        maxnreg=backward_registers(n, r), **constants,
     )  # fmt: skip
     return parts.sum(0), params.sum((0, 1))
 
