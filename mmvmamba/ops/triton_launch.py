@@ -12,6 +12,8 @@ from torch import Tensor
 from mmvmamba.ops.library import CHUNK, chunk_count
 from mmvmamba.ops.triton_scan import carry_kernel, forward_kernel, merge_kernel
 from mmvmamba.ops.triton_scan_backward import adjoint_kernel, backward_kernel
+from mmvmamba.ops.triton_tile import tile_forward_kernel
+from mmvmamba.ops.triton_tile_backward import tile_backward_kernel
 
 TARGET_PROGRAMS = 2048
 """Programs of one warp that we expect to keep a large GPU busy (16 on each of 128 processors); not measured yet."""
@@ -19,6 +21,12 @@ SHORTEST_SEGMENT = 64
 """Positions below which cutting a route costs more than it gains."""
 LARGEST_CODED = 31
 """Named orders that fit into one int64, two bits each; more are given as a permutation."""
+
+
+TILE = CHUNK // 2
+"""Positions of a tile; the kernels of the gradients go back half a chunk at a time."""
+LARGEST_RANK = {False: 48, True: 24}
+"""Features per step size up to which tiles are used, forward and backward: they keep all weights in registers."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,18 @@ class Plan:
     segment_length: int
 
 
+def uses_tiles(n: int, rank: int, backward: bool) -> bool:
+    """Whether the kernels for tiles of positions times channels run: one state, and step sizes made of features."""
+    return n == 1 and 0 < rank <= LARGEST_RANK[backward]
+
+
 def channels_per_program(d: int, n: int, rank: int, backward: bool = False) -> int:
-    """Two channels per lane where that spills no registers (scripts/check_triton.py; the backward does), else one."""
-    return 64 if not backward and d > 32 and n == 1 and rank <= 8 else 32
-
-
-def backward_registers(n: int, rank: int) -> int | None:
-    """Limit of registers: left alone, ptxas aims at 128 and spills 24 bytes for sm_80 (scripts/check_triton.py)."""
-    return 160 if n == 1 and rank <= 8 else None
+    """One channel per lane, in the forward two: there that spills no registers (scripts/check_triton.py)."""
+    if not uses_tiles(n, rank, backward):
+        return 32
+    if d <= 16:
+        return 16
+    return 64 if d > 32 and not backward else 32
 
 
 def plan(chains: int, d: int, length: int, n: int = 1, rank: int = 0, backward: bool = False) -> Plan:
@@ -77,7 +89,8 @@ class Routes:
 class Problem:
     """A scan as the kernels see it: tensors (b, k, p, c) of any strides; parameters contiguous float32, A (k, n, d).
 
-    ``step`` holds features of rank r where ``weight`` (k, r, d) is given, else the step sizes themselves.
+    ``step`` holds features of rank r where ``weight`` (k, r, d) is given, else the step sizes themselves. With a weight
+    the channels of x are contiguous, and ``step``, ``B`` and ``C`` follow each other in contiguous rows.
     """
 
     x: Tensor
@@ -109,6 +122,33 @@ class Problem:
         }
 
 
+def _tile_constants(problem: Problem, cut: Plan, maps: list[Tensor]) -> dict[str, Any]:
+    """The compile-time choices of the kernels for tiles; ``maps`` are (b, k, p, c) with contiguous channels."""
+    routes, d = problem.routes, problem.x.shape[3]
+    strides = [stride for value in maps for stride in value.stride()[:3]]
+    last = max(value.stride(2) for value in (*maps, problem.step)) * maps[0].shape[2] + d
+    return {
+        "ROUTE": routes.kind,
+        "SHORT": min(routes.h, routes.w) < TILE,
+        "SOFTPLUS": problem.softplus,
+        "HAS_BIAS": problem.bias is not None,
+        "HAS_D": problem.D is not None,
+        "RANK": problem.rank,
+        "TILE": TILE,
+        "BLOCK_D": cut.block_d,
+        # Two neighbouring channels per lane, if every row starts at an even offset
+        "PAIR": 2 if cut.block_d == 64 and all(stride % 2 == 0 for stride in strides) else 1,
+        "WIDE": last >= 2**31,
+        "FULL": d % cut.block_d == 0,
+        "num_warps": 1,
+    }
+
+
+def _map(value: Tensor) -> tuple[Any, ...]:
+    """A map and its strides without that of the channels, which is 1."""
+    return value, *value.stride()[:3]
+
+
 def _with_strides(value: Tensor) -> tuple[Any, ...]:
     return value, *value.stride()
 
@@ -126,8 +166,7 @@ def _parameters(problem: Problem) -> tuple[Tensor, ...]:
 def _carry(starts: Tensor, sums: Tensor, init: Tensor | None, reverse: bool, interleave: Tensor) -> None:
     chains, segments, n, d = starts.shape
     block = 128
-    # n d beyond 65,535 blocks of 128 would need 8 million channels
-    carry_kernel[(chains, -(-n * d // block))](
+    carry_kernel[(chains * -(-n * d // block),)](
         starts, sums, interleave if init is None else init, d, n, n * d, segments,
         REVERSE=reverse, HAS_INIT=init is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -150,7 +189,7 @@ def scan_forward(problem: Problem, y: Tensor, carries: Tensor | None, last_state
     sums = torch.empty_like(starts) if cut.segments > 1 else A
     weight, bias, _ = _parameters(problem)
 
-    def launch(aggregate: bool) -> None:
+    def launch_rows(aggregate: bool) -> None:
         forward_kernel[(b * k * cut.blocks * cut.segments,)](
             *_with_strides(x), *_with_strides(problem.step), *_with_strides(problem.B), *_with_strides(problem.C),
             weight, bias, A, A if problem.D is None else problem.D, A if routes.pixels is None else routes.pixels,
@@ -162,6 +201,16 @@ def scan_forward(problem: Problem, y: Tensor, carries: Tensor | None, last_state
             **problem.constants(),
         )  # fmt: skip
 
+    def launch_tiles(aggregate: bool) -> None:
+        tile_forward_kernel[(b * k * cut.blocks * cut.segments,)](
+            *_map(x), *_map(problem.step), weight, bias, A, A if problem.D is None else problem.D,
+            A if routes.pixels is None else routes.pixels, *_map(y), A if carries is None else carries, starts, sums,
+            routes.codes, k, d, problem.length, routes.h, routes.w, chunk_count(problem.length),
+            cut.blocks, cut.segments, cut.segment_length, AGGREGATE=aggregate, SEGMENTED=cut.segments > 1,
+            SAVE=carries is not None and not aggregate, **_tile_constants(problem, cut, [x, y]),
+        )  # fmt: skip
+
+    launch = launch_tiles if uses_tiles(n, problem.rank, False) else launch_rows
     if cut.segments > 1:
         launch(True)
         _carry(starts, sums, None, False, A)
@@ -199,7 +248,6 @@ def scan_backward(
     programs = b * k * cut.blocks * cut.segments
     parts = A.new_empty((cut.blocks, b, k, places, r + 2 * n))
     params = A.new_empty((b, cut.segments, k, n + 2 + r, d))
-    scratch = A.new_empty((programs, CHUNK, constants["BLOCK_N"], cut.block_d))
     weight, bias, _ = _parameters(problem)
     pixels = A if routes.pixels is None else routes.pixels
     starts = A
@@ -214,6 +262,16 @@ def scan_backward(
         _carry(starts, sums, grad_last_state, True, A)
     elif grad_last_state is not None:
         starts = grad_last_state.view(b * k, d, n).transpose(1, 2).contiguous()
+    if uses_tiles(n, r, True):
+        tile_backward_kernel[(programs,)](
+            *_map(x), *_map(problem.step), *_map(grad_out), weight, bias, A, A if problem.D is None else problem.D,
+            pixels, *_map(dx), parts, params, carries, starts,
+            routes.codes, k, d, problem.length, places, routes.h, routes.w, chunk_count(problem.length),
+            cut.blocks, cut.segments, cut.segment_length, b, HAS_START=cut.segments > 1,
+            PADDED=max(8, constants["RANK"]), **_tile_constants(problem, cut, [x, grad_out, dx]),
+        )  # fmt: skip
+        return parts.sum(0), params.sum((0, 1))
+    scratch = A.new_empty((programs, CHUNK, constants["BLOCK_N"], cut.block_d))
     backward_kernel[(programs,)](
         *_with_strides(x), *_with_strides(problem.step), *_with_strides(problem.B), *_with_strides(problem.C),
         *_with_strides(grad_out), weight, bias, A, A if problem.D is None else problem.D, pixels,
@@ -221,7 +279,7 @@ def scan_backward(
         routes.codes, k, d, n, r, problem.length, places, routes.h, routes.w, chunk_count(problem.length),
         cut.blocks, cut.segments, cut.segment_length, b,
         HAS_D=problem.D is not None, HAS_START=cut.segments > 1 or grad_last_state is not None, BLOCK_D=cut.block_d,
-        maxnreg=backward_registers(n, r), **constants,
+        **constants,
     )  # fmt: skip
     return parts.sum(0), params.sum((0, 1))
 

@@ -80,8 +80,8 @@ def _visited(walked, t, route_ptr, ROUTE: tl.constexpr):
 
 
 @triton.jit
-def _softplus2(z, e):
-    """log2(1 + 2^z), given e = 2^-|z|; the polynomial is that of csrc/cpu/vec.h."""
+def _log2_1p(e):
+    """log2(1 + e) for e in [0, 1]; the polynomial is that of csrc/cpu/vec.h."""
     p = 7.549172733e-3 * e - 4.256702587e-2
     p = p * e + 1.128561348e-1
     p = p * e - 1.971189231e-1
@@ -90,7 +90,13 @@ def _softplus2(z, e):
     p = p * e + 4.806928729e-1
     p = p * e - 7.213401794e-1
     p = p * e + 1.442695022
-    return tl.maximum(z, 0.0) + p * e
+    return p * e
+
+
+@triton.jit
+def _softplus2(z, e):
+    """log2(1 + 2^z), given e = 2^-|z|."""
+    return tl.maximum(z, 0.0) + _log2_1p(e)
 
 
 @triton.jit
@@ -115,10 +121,14 @@ def _step_inputs(
     """Raw step size in units of ln 2 (d,) and the features (r,) that it was made of."""
     if RANK == 0:
         feature = tl.zeros([1], tl.float32)
-        z = tl.load(dt_ptr + pixel * ds_p + channels * ds_c, mask=mask_d, other=0.0).to(tl.float32) * _LOG2E + bias
+        z = (
+            tl.load(dt_ptr + pixel * ds_p + channels.to(tl.int64) * ds_c, mask=mask_d, other=0.0).to(tl.float32)
+            * _LOG2E
+            + bias
+        )
     else:
         rows = tl.arange(0, RANK)
-        feature = tl.load(dt_ptr + pixel * ds_p + rows * ds_c, mask=rows < rank, other=0.0).to(tl.float32)
+        feature = tl.load(dt_ptr + pixel * ds_p + rows.to(tl.int64) * ds_c, mask=rows < rank, other=0.0).to(tl.float32)
         z = tl.sum(feature[:, None] * W, axis=0) + bias
     return z, feature
 
@@ -192,8 +202,8 @@ def forward_kernel(
     walked, in_line = _pixel(t, length, height, width, code, ROUTE)
     while t < end:
         pixel, place = _visited(walked, t, route_ptr, ROUTE)
-        u = tl.load(x_ptr + pixel * xs_p + channels * xs_c, mask=mask_d, other=0.0).to(tl.float32)
-        B = tl.load(b_ptr + pixel * bs_p + states * bs_c, mask=mask_n, other=0.0).to(tl.float32)
+        u = tl.load(x_ptr + pixel * xs_p + channels.to(tl.int64) * xs_c, mask=mask_d, other=0.0).to(tl.float32)
+        B = tl.load(b_ptr + pixel * bs_p + states.to(tl.int64) * bs_c, mask=mask_n, other=0.0).to(tl.float32)
         z, _feature = _step_inputs(dt_ptr, ds_p, ds_c, pixel, W, bias, channels, mask_d, rank, RANK)
         step = z
         if SOFTPLUS:
@@ -207,11 +217,11 @@ def forward_kernel(
         if AGGREGATE:
             total += exponent
         else:
-            C = tl.load(c_ptr + pixel * cs_p + states * cs_c, mask=mask_n, other=0.0).to(tl.float32)
+            C = tl.load(c_ptr + pixel * cs_p + states.to(tl.int64) * cs_c, mask=mask_n, other=0.0).to(tl.float32)
             y = tl.sum(h * C[:, None], axis=0)
             if HAS_D:
                 y += skip * u
-            tl.store(y_ptr + place * ys_p + channels * ys_c, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+            tl.store(y_ptr + place * ys_p + channels.to(tl.int64) * ys_c, y.to(y_ptr.dtype.element_ty), mask=mask_d)
         walked, in_line = _next(walked, in_line, line, stride, turn, ROUTE)
         t += 1
     if AGGREGATE:
@@ -230,8 +240,9 @@ def carry_kernel(
     REVERSE: tl.constexpr, HAS_INIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turn the segments' own end states (chain, segments, n, d) into the states they start from, in place."""
-    chain = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(count, BLOCK)
+    chain = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     h = tl.zeros([BLOCK], tl.float32)
     if HAS_INIT:

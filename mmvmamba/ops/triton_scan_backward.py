@@ -53,8 +53,8 @@ def adjoint_kernel(
     walked, in_line = _pixel(t, length, height, width, code, ROUTE)
     while t >= start:
         pixel, _place = _visited(walked, t, route_ptr, ROUTE)
-        dy = tl.load(g_ptr + pixel * gs_p + channels * gs_c, mask=mask_d, other=0.0).to(tl.float32)
-        C = tl.load(c_ptr + pixel * cs_p + states * cs_c, mask=mask_n, other=0.0).to(tl.float32)
+        dy = tl.load(g_ptr + pixel * gs_p + channels.to(tl.int64) * gs_c, mask=mask_d, other=0.0).to(tl.float32)
+        C = tl.load(c_ptr + pixel * cs_p + states.to(tl.int64) * cs_c, mask=mask_n, other=0.0).to(tl.float32)
         z, _feature = _step_inputs(dt_ptr, ds_p, ds_c, pixel, W, bias, channels, mask_d, rank, RANK)
         step = z
         if SOFTPLUS:
@@ -130,8 +130,8 @@ def backward_kernel(
         while t < end:
             tl.store(scratch + (t - chunk_start) * BLOCK_N * BLOCK_D + scratch_at, h)
             pixel, place = _visited(walked, t, route_ptr, ROUTE)
-            u = tl.load(x_ptr + pixel * xs_p + channels * xs_c, mask=mask_d, other=0.0).to(tl.float32)
-            B = tl.load(b_ptr + pixel * bs_p + states * bs_c, mask=mask_n, other=0.0).to(tl.float32)
+            u = tl.load(x_ptr + pixel * xs_p + channels.to(tl.int64) * xs_c, mask=mask_d, other=0.0).to(tl.float32)
+            B = tl.load(b_ptr + pixel * bs_p + states.to(tl.int64) * bs_c, mask=mask_n, other=0.0).to(tl.float32)
             z, _feature = _step_inputs(dt_ptr, ds_p, ds_c, pixel, W, bias, channels, mask_d, rank, RANK)
             step = z
             if SOFTPLUS:
@@ -145,10 +145,10 @@ def backward_kernel(
         while t >= chunk_start:
             before = tl.load(scratch + (t - chunk_start) * BLOCK_N * BLOCK_D + scratch_at)
             pixel, place = _visited(walked, t, route_ptr, ROUTE)
-            u = tl.load(x_ptr + pixel * xs_p + channels * xs_c, mask=mask_d, other=0.0).to(tl.float32)
-            dy = tl.load(g_ptr + pixel * gs_p + channels * gs_c, mask=mask_d, other=0.0).to(tl.float32)
-            B = tl.load(b_ptr + pixel * bs_p + states * bs_c, mask=mask_n, other=0.0).to(tl.float32)
-            C = tl.load(c_ptr + pixel * cs_p + states * cs_c, mask=mask_n, other=0.0).to(tl.float32)
+            u = tl.load(x_ptr + pixel * xs_p + channels.to(tl.int64) * xs_c, mask=mask_d, other=0.0).to(tl.float32)
+            dy = tl.load(g_ptr + pixel * gs_p + channels.to(tl.int64) * gs_c, mask=mask_d, other=0.0).to(tl.float32)
+            B = tl.load(b_ptr + pixel * bs_p + states.to(tl.int64) * bs_c, mask=mask_n, other=0.0).to(tl.float32)
+            C = tl.load(c_ptr + pixel * cs_p + states.to(tl.int64) * cs_c, mask=mask_n, other=0.0).to(tl.float32)
             z, feature = _step_inputs(dt_ptr, ds_p, ds_c, pixel, W, bias, channels, mask_d, rank, RANK)
             step = z
             slope = tl.full([BLOCK_D], 1.0, tl.float32)
@@ -172,10 +172,12 @@ def backward_kernel(
             if HAS_D:
                 dx += skip * dy
                 dD += dy * u
-            tl.store(dx_ptr + place * dxs_p + channels * dxs_c, dx.to(dx_ptr.dtype.element_ty), mask=mask_d)
+            tl.store(
+                dx_ptr + place * dxs_p + channels.to(tl.int64) * dxs_c, dx.to(dx_ptr.dtype.element_ty), mask=mask_d
+            )
             part = parts_ptr + place * width_of_part
             if RANK == 0:
-                at = ddt_ptr + place * dds_p + channels * dds_c
+                at = ddt_ptr + place * dds_p + channels.to(tl.int64) * dds_c
                 tl.store(at, ddelta.to(ddt_ptr.dtype.element_ty), mask=mask_d)
             else:
                 rows = tl.arange(0, RANK)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from mmvmamba.ops.scan2d.reference import scan2d_backward_reference, scan2d_refe
 from mmvmamba.ops.selective_scan import triton_kernels as selective_scan_triton
 from mmvmamba.ops.selective_scan.reference import selective_scan_backward_reference, selective_scan_reference
 from mmvmamba.testing import FORWARD_BOUND, PARAMETER_GRAD_BOUND, STREAM_GRAD_BOUND, assert_close
+from tests.test_ops.samples import MAKERS
+from tests.test_ops.test_large_offsets import spread_out
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 Tensors = list[Tensor | None]
@@ -92,14 +96,13 @@ def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("n", [1, 2, 16])
+@pytest.mark.parametrize(("dtype", "n"), [(F32, 1), (F16, 1), (BF16, 1), (F32, 2), (BF16, 2), (F16, 16)])
 def test_map_dtypes_and_states(dtype: torch.dtype, n: int) -> None:
     check_map(map_inputs(dtype, n=n), [1, 2])
 
 
 def test_map_segments(segments: int) -> None:
-    check_map(map_inputs(h=7, w=10), [0, 3])
+    check_map(map_inputs(h=7, w=10, d=2, n=1 if segments > 1 else 2), [0, 3])
 
 
 @pytest.mark.parametrize("orders", [[0], [1], [2], [3], [0, 0, 2]])
@@ -107,9 +110,10 @@ def test_map_orders(orders: list[int]) -> None:
     check_map(map_inputs(h=4, w=3, k=len(orders)), orders)
 
 
-@pytest.mark.parametrize("length", [3, 12, 40], ids=["partial", "whole", "repeats"])
-def test_map_permutations(length: int) -> None:
-    values = map_inputs(h=4, w=3)
+@pytest.mark.parametrize("length", [3, 12, 20], ids=["partial", "whole", "repeats"])
+@pytest.mark.parametrize(("dtype", "n"), [(F32, 1), (F16, 1), (BF16, 2)])
+def test_map_permutations(length: int, dtype: torch.dtype, n: int) -> None:
+    values = map_inputs(dtype, h=4, w=3, n=n)
     routes = torch.stack([torch.randperm(12) for _ in range(2)])[:, :length]
     check_map(values, [], routes if length <= 12 else torch.randint(12, (2, length)))
 
@@ -119,13 +123,21 @@ def test_map_without_options(softplus: bool) -> None:
     check_map(map_inputs(h=4, w=3, options=False, softplus=softplus), [0, 1], None, softplus)
 
 
-@pytest.mark.parametrize(("d", "r"), [(1, 17), (33, 17), (33, 3), (65, 3)])
+@pytest.mark.parametrize(("d", "r"), [(1, 17), (33, 1), (65, 3), (3, 49)])
 def test_map_blocks_of_channels_and_wide_rank(d: int, r: int) -> None:
-    check_map(map_inputs(b=2, h=2, w=3, d=d, r=r), [0, 1])
+    check_map(map_inputs(h=2, w=3, d=d, r=r), [0, 1])
 
 
-def test_more_orders_than_one_number_holds() -> None:
-    check_map(map_inputs(h=1, w=2, d=2, k=33), [0, 2, 1] * 11)
+def test_lines_as_long_as_a_tile() -> None:
+    """Columns of 17 pixels: a tile crosses from one into the next by a step, not by a division."""
+    check_map(map_inputs(h=17, w=16, d=2, k=1, r=1), [3])
+
+
+def test_more_orders_than_one_number_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "LARGEST_CODED", 2)
+    monkeypatch.setattr(scan2d_triton, "LARGEST_CODED", 2)
+    assert scan2d_triton._routes(torch.zeros(1, 1, 2, 2), [0, 2, 1], None).kind == 2
+    check_map(map_inputs(h=3, w=2, d=2, k=3, r=1), [0, 2, 1])
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
@@ -165,18 +177,18 @@ def test_empty_sequences(shape: dict[str, int]) -> None:
 
 
 def test_repeats_bitwise(segments: int) -> None:
-    values = map_inputs(h=7, w=10, d=3)
+    values = map_inputs(h=7, w=10, d=2, k=1, n=1 if segments > 1 else 2)
 
     def run() -> tuple[Tensor, ...]:
-        out, carries = scan2d_triton.forward(*values, [0, 1], None, True, F32, True)
-        return (out, carries, *scan2d_triton.backward(out, *values, [0, 1], None, True, carries))
+        out, carries = scan2d_triton.forward(*values, [1], None, True, F32, True)
+        return (out, carries, *scan2d_triton.backward(out, *values, [1], None, True, carries))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 def test_nan_stays_where_it_must(segments: int) -> None:
     """A NaN of one channel at one position reaches that channel's later positions and nothing else."""
-    values = sequence_inputs(b=2, length=70)
+    values = sequence_inputs(b=2, d=2, groups=1, length=70)
     clean = selective_scan_triton.forward(*values, True, F32, False)[0]
     values[0][0, 1, 40] = float("nan")
     out = selective_scan_triton.forward(*values, True, F32, False)[0]
@@ -199,3 +211,94 @@ def test_plan_fills_a_gpu_with_few_chains() -> None:
     assert triton_launch.plan(128 * 4, 96, 3136).segments == 1
     make: Callable[..., Any] = triton_launch.plan
     assert all(make(2, d, ln).segment_length % 32 == 0 for d in (1, 99) for ln in (1, 33, 5000))
+
+
+def cut(value: Tensor | None, *sizes: int) -> Tensor | None:
+    """The first elements along every axis, in the same layout."""
+    return None if value is None else value[tuple(slice(size) for size in sizes[: value.dim()])]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_samples_of_maps(seed: int) -> None:
+    sample = MAKERS["scan2d"](seed)
+    x, projections, weight, bias, A, D = sample.tensors.values()
+    x, pixels = x[:1, :5, :4, :3].float() if sample.dtype == torch.float64 else x[:1, :5, :4, :3], None
+    orders = sample.options["orders"]
+    k, h, w = min(2, A.shape[0]), x.shape[1], x.shape[2]
+    if isinstance(orders, Tensor):
+        pixels, orders = orders[:k, : h * w + 3] % (h * w), []
+    r = weight.shape[2]
+    values = [x, projections[:1, :h, :w, :k].to(x.dtype), *(cut(v, k, 3) for v in (weight, bias, A, D))]
+    values = [v.float() if v is not None and v.dtype == torch.float64 else v for v in values]
+    assert values[1].shape[-1] == r + 2 * A.shape[2]
+    check_map(values, [int(order) for order in orders[:k]], pixels, bool(sample.options["delta_softplus"]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_samples_of_sequences(seed: int) -> None:
+    sample = MAKERS["selective_scan"](seed)
+    u, delta, A, B, C, D, bias, _z = sample.tensors.values()
+    B, C = (v if v.dim() == 4 else v[:, None] for v in (B, C))
+    d, n = min(4, u.shape[1]), min(8, A.shape[1])
+    values = [
+        cut(u, 1, d, 20), cut(delta, 1, d, 20), cut(A, d, n), cut(B, 1, 1, n, 20), cut(C, 1, 1, n, 20),
+        cut(D, d), cut(bias, d),
+    ]  # fmt: skip
+    values = [v.float() if v is not None and v.dtype == torch.float64 else v for v in values]
+    check_sequence(values, bool(sample.options["delta_softplus"]))
+
+
+def test_nan_in_a_map_stays_where_it_must(segments: int) -> None:
+    """A NaN of one channel at one pixel reaches that channel's later pixels; its gradient the earlier ones."""
+    n = 1 if segments > 1 else 2
+    values = map_inputs(b=2, h=7, w=10, d=2, k=1, n=n)
+    rest = ([0], None, True)
+    clean, carries = scan2d_triton.forward(*values, *rest, F32, True)
+    poisoned = [values[0].clone(), *values[1:]]
+    poisoned[0][0, 4, 0, 1] = float("nan")
+    out = scan2d_triton.forward(*poisoned, *rest, F32, False)[0].view(2, 70, 2)
+    hit = torch.zeros(2, 70, 2, dtype=torch.bool)
+    hit[0, 40:, 1] = True
+    assert torch.equal(out.isnan(), hit) and torch.equal(out[~hit], clean.view(2, 70, 2)[~hit])
+    grad = torch.randn(clean.shape)
+    expected = scan2d_triton.backward(grad, *values, *rest, carries)
+    grad[0, 4, 0, 1] = float("nan")
+    dx, dprojections, dweight, dbias, dA, dD = scan2d_triton.backward(grad, *values, *rest, carries)
+    hit = hit.zero_().view(dx.shape)
+    hit.view(2, 70, 2)[0, :41, 1] = True
+    assert torch.equal(dx.isnan(), hit) and torch.equal(dx[~hit], expected[0][~hit])
+    hit = torch.zeros(2, 70, values[1].shape[-1], dtype=torch.bool)
+    hit[0, :41, :-n] = True
+    hit[0, 40, -n:] = True
+    hit = hit.view(dprojections.shape)
+    assert torch.equal(dprojections.isnan(), hit) and torch.equal(dprojections[~hit], expected[1][~hit])
+    for value, want in zip((dweight, dbias, dA, dD), expected[2:], strict=True):
+        assert value[:, 1].isnan().all() and torch.equal(value[:, 0], want[:, 0])
+
+
+def test_offsets_beyond_31_bits_in_sequences(tmp_path: Path) -> None:
+    values = sequence_inputs(d=2, groups=1, length=5)
+    far = [spread_out(v, tmp_path / str(i)) if i in (0, 1, 3, 4) else v for i, v in enumerate(values)]
+    near = selective_scan_triton.forward(*values, True, F32, True)
+    assert all(
+        torch.equal(a, b) for a, b in zip(selective_scan_triton.forward(*far, True, F32, True), near, strict=True)
+    )
+    want = selective_scan_triton.backward(near[0], None, *values, True, near[2])
+    found = selective_scan_triton.backward(spread_out(near[0], tmp_path / "grad"), None, *far, True, near[2])
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_offsets_beyond_31_bits_in_maps(tmp_path: Path) -> None:
+    values = map_inputs(h=1, w=5, d=2, k=1)
+    problem = scan2d_triton._problem(*values, [0], None, True)
+    far = dataclasses.replace(problem, x=spread_out(problem.x, tmp_path / "x"))
+    assert far.x.stride(2) * 4 > 2**30
+    outs = [torch.zeros(1, 1, 5, 2), spread_out(torch.zeros(1, 1, 5, 2), tmp_path / "y")]
+    grads = []
+    for given, out in zip((problem, far), outs, strict=True):
+        carries = torch.zeros(1, 1, 1, 1, 2)
+        triton_launch.scan_forward(given, out, carries, None)
+        dx = torch.zeros(1, 1, 5, 2) if given is problem else spread_out(torch.zeros(1, 1, 5, 2), tmp_path / "dx")
+        grads.append((dx, *triton_launch.scan_backward(given, out, None, carries, dx, None)))
+    assert outs[0].any() and torch.equal(*outs)
+    assert all(torch.equal(near, distant) for near, distant in zip(*grads, strict=True))
