@@ -52,7 +52,11 @@ OTHERS = (
     *(Case("bf16", 1, r, 16, options=False) for r in (0, 6)),
     *(Case("bf16", 1, r, 16, softplus=False) for r in (0, 6)),
     # Odd numbers of channels and positions, few channels, and the other sizes that tiles are padded to
-    *(Case(dtype, n, r, 13, d) for dtype in ("bf16", "fp32") for n, r, d in ((1, 6, 33), (1, 0, 33), (3, 1, 8))),
+    *(
+        Case(dtype, n, r, 13, d)
+        for dtype in ("bf16", "fp32")
+        for n, r, d in ((1, 6, 33), (1, 6, 8), (1, 0, 33), (3, 1, 8))
+    ),
     *(Case("bf16", 1, r, 16) for r in (1, 3, 12, 48)),
 )
 
@@ -195,7 +199,7 @@ def _read(kernel: Any, name: str, case: Case, capability: int) -> Report:
     )
     return Report(
         name, case, flags, capability, registers, stack + local, len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        kernel.metadata.shared, loop_sizes(sass), max(1, constants.get("BLOCK_D", 32) // 32) * constants.get("TILE", 1),
+        kernel.metadata.shared, loop_sizes(sass), max(1, constants.get("BLOCK_D", 32) * constants.get("TILE", 1) // 32),
     )  # fmt: skip
 
 

@@ -248,28 +248,30 @@ def test_samples_of_sequences(seed: int) -> None:
     check_sequence(values, bool(sample.options["delta_softplus"]))
 
 
-def test_nan_in_a_map_stays_where_it_must(segments: int) -> None:
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 7, 10), (2, 2, 5)], ids=["segmented", "whole"])
+def test_nan_in_a_map_stays_where_it_must(n: int, h: int, w: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A NaN of one channel at one pixel reaches that channel's later pixels; its gradient the earlier ones."""
-    n = 1 if segments > 1 else 2
-    values = map_inputs(b=2, h=7, w=10, d=2, k=1, n=n)
+    monkeypatch.setattr(triton_launch, "SHORTEST_SEGMENT", 1)
+    values = map_inputs(b=2, h=h, w=w, d=2, k=1, n=n)
+    length, t = h * w, h * w // 2
     rest = ([0], None, True)
     clean, carries = scan2d_triton.forward(*values, *rest, F32, True)
     poisoned = [values[0].clone(), *values[1:]]
-    poisoned[0][0, 4, 0, 1] = float("nan")
-    out = scan2d_triton.forward(*poisoned, *rest, F32, False)[0].view(2, 70, 2)
-    hit = torch.zeros(2, 70, 2, dtype=torch.bool)
-    hit[0, 40:, 1] = True
-    assert torch.equal(out.isnan(), hit) and torch.equal(out[~hit], clean.view(2, 70, 2)[~hit])
+    poisoned[0].view(2, length, 2)[0, t, 1] = float("nan")
+    out = scan2d_triton.forward(*poisoned, *rest, F32, False)[0].view(2, length, 2)
+    hit = torch.zeros(2, length, 2, dtype=torch.bool)
+    hit[0, t:, 1] = True
+    assert torch.equal(out.isnan(), hit) and torch.equal(out[~hit], clean.view(2, length, 2)[~hit])
     grad = torch.randn(clean.shape)
     expected = scan2d_triton.backward(grad, *values, *rest, carries)
-    grad[0, 4, 0, 1] = float("nan")
+    grad.view(2, length, 2)[0, t, 1] = float("nan")
     dx, dprojections, dweight, dbias, dA, dD = scan2d_triton.backward(grad, *values, *rest, carries)
     hit = hit.zero_().view(dx.shape)
-    hit.view(2, 70, 2)[0, :41, 1] = True
+    hit.view(2, length, 2)[0, : t + 1, 1] = True
     assert torch.equal(dx.isnan(), hit) and torch.equal(dx[~hit], expected[0][~hit])
-    hit = torch.zeros(2, 70, values[1].shape[-1], dtype=torch.bool)
-    hit[0, :41, :-n] = True
-    hit[0, 40, -n:] = True
+    hit = torch.zeros(2, length, values[1].shape[-1], dtype=torch.bool)
+    hit[0, : t + 1, :-n] = True
+    hit[0, t, -n:] = True
     hit = hit.view(dprojections.shape)
     assert torch.equal(dprojections.isnan(), hit) and torch.equal(dprojections[~hit], expected[1][~hit])
     for value, want in zip((dweight, dbias, dA, dD), expected[2:], strict=True):
