@@ -43,8 +43,8 @@ class Case(NamedTuple):
 
 HOT = tuple(Case(dtype, 1, 6, side) for dtype in DTYPES for side in (8, 16))
 """Sides 8 and 16: a route that is scanned whole, and one that is cut into segments."""
-LARGEST_SPILL = {"tile_forward_kernel": 0, "tile_backward_kernel": 144}
-"""Bytes of registers that a hot kernel may keep in memory; for the gradients what was printed at first, on sm_80."""
+LARGEST_SPILL = {"tile_forward_kernel": 0, "tile_backward_kernel": 160}
+"""Bytes of registers that a hot kernel may keep in memory; for the gradients what float32 printed on sm_80."""
 OTHERS = (
     *(Case(dtype, n, r, side) for dtype in DTYPES for n, r in ((1, 24), (16, 6), (16, 24)) for side in (8, 16)),
     *(Case(dtype, n, 0, side) for dtype in DTYPES for n in (1, 16) for side in (8, 16)),
