@@ -38,7 +38,7 @@ test-gpu: install
 
 check-gpu-code: install
 	$(PY) scripts/check_cuda.py --require-nvcc
-	$(PY) scripts/check_triton.py
+	$(PY) scripts/check_triton.py --hot
 
 lint: install
 	$(PY) -m ruff check .
