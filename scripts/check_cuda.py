@@ -3,8 +3,8 @@
 Every ``csrc/cuda/**/*.cu`` is compiled for sm_80 and sm_90 with the flags of setup.py. Fails if
 
 * a file does not compile;
-* a scan2d kernel, forward or backward, of any type or variant spills registers, has a stack frame or touches local
-  memory;
+* a scan2d kernel, forward, backward or aggregate, of any type or variant spills registers, has a stack frame or
+  touches local memory;
 * the tile loop of the two kernels in `KERNELS` (bfloat16, the variant that runs at the model's figures) has more
   instructions per element-direction than its limit, or 15 % more than ``scripts/cuda_record.json`` says.
 
@@ -39,7 +39,7 @@ ARCHS = ("sm_80", "sm_90")
 JOBS = 2
 GROWTH = 0.15
 """An instruction count may exceed the record by this share."""
-HOT = re.compile(r"\bscan2d_(forward|backward)_kernel\b")
+HOT = re.compile(r"\bscan2d_(forward|backward|aggregate)_kernel\b")
 POSITIONS = 16
 """Positions of one turn of a tile loop."""
 
@@ -345,14 +345,17 @@ def resource_table(everything: Sequence[Resources], names: Mapping[str, str]) ->
 # --- run -----------------------------------------------------------------------------------------------------------
 
 
-def compile_all(sources: Sequence[Path], home: Path, output: Path) -> tuple[list[Resources], dict[Path, Path], float]:
-    """Compile every file, `JOBS` at a time; return what ptxas reports, the objects by source, and the seconds.
+def compile_all(
+    sources: Sequence[Path], folder: Path, home: Path, output: Path
+) -> tuple[list[Resources], dict[Path, Path], float]:
+    """Compile every file of a folder, `JOBS` at a time; return what ptxas reports, the objects by source, and the seconds.
 
     Raises:
         CheckError: One does not compile.
     """
     flags = compiler_flags(load_setup(), home)
-    objects = {source: output / f"{source.stem}.o" for source in sources}
+    # Named by their place, so that two files of one name in two folders do not share an object.
+    objects = {source: output / source.relative_to(folder).with_suffix(".o") for source in sources}
     begin = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
         pending = [pool.submit(compile_one, home / "bin" / "nvcc", flags, *pair) for pair in objects.items()]
@@ -422,7 +425,7 @@ def check(
         raise CheckError(
             f"found no .cu file under {folder}, expected the CUDA kernels. Run it in a complete source tree."
         )
-    everything, objects, seconds = compile_all(sources, home, output)
+    everything, objects, seconds = compile_all(sources, folder, home, output)
     print(f"compiled {len(sources)} CUDA files for {' and '.join(ARCHS)} in {seconds:.0f} s, {JOBS} at a time")
     cuobjdump = find_cuobjdump(home)
     names = demangle(sorted({one.name for one in everything}))
