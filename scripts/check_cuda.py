@@ -89,6 +89,13 @@ KERNELS = {
     ),
 }
 
+UNJUDGED = {
+    f"{direction} {what}": (rf"\bscan2d_{direction}_kernel<(\w+::)*(__nv_)?[Bb][Ff]loat16, {variant}>", channels)
+    for direction in ("forward", "backward")
+    for what, variant, channels in (("one channel per lane", "1, true, 1", 1), ("any rank", "2, true, 0", 2))
+}
+"""Further kernels that ``--all`` counts: the pattern of the name, and channels of a lane."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -109,12 +116,21 @@ class Resources:
 
 @dataclass(frozen=True)
 class Count:
-    """The tile loop of one kernel on one arch."""
+    """The tile loop of one kernel on one arch.
+
+    Attributes:
+        kernel: Which of `KERNELS`.
+        arch: Such as ``sm_90``.
+        opcodes: Instructions of one turn, those of the loops inside as often as declared.
+        per_element: All of them per element-direction.
+        once: The same with every instruction counted once, whatever loop inside it is in: nothing is declared there.
+    """
 
     kernel: str
     arch: str
     opcodes: Mapping[str, float]
     per_element: float
+    once: float = 0.0
 
 
 # --- compile -------------------------------------------------------------------------------------------------------
@@ -271,7 +287,7 @@ def count_tile_loop(key: str, arch: str, code: Sequence[sass.Instruction]) -> Co
         raise CheckError(
             f"{key} on {arch}: the tile loop has {hidden} calls, expected none: they hide work. Inline them."
         )
-    return Count(key, arch, opcodes, sass.total(opcodes) / turn)
+    return Count(key, arch, opcodes, sass.total(opcodes) / turn, len(loop.body) / turn)
 
 
 def count_problems(counts: Sequence[Count], record: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -318,14 +334,17 @@ _COLUMNS = ("MUFU", "LDS/STS", "LDG/STG", "HMMA", "SHFL", "BAR", "LDL/STL")
 def count_table(
     counts: Sequence[Count], resources: Mapping[tuple[str, str], Resources], record: Mapping[str, Mapping[str, float]]
 ) -> str:
-    """Return the table of the tile loops: instructions of one turn, and per element-direction."""
-    head = f"{'kernel':9} {'arch':6} {'regs':>5} {'turn':>6} {'per el-dir':>10} {'record':>7} {'limit':>6} "
+    """Return the table of the tile loops: instructions of one turn, and per element-direction.
+
+    The columns from ``record`` on belong to ``per el-dir``; ``once`` is the sum without the declared turns.
+    """
+    head = f"{'kernel':9} {'arch':6} {'regs':>5} {'turn':>6} {'per el-dir':>10} {'once':>6} {'record':>7} {'limit':>6} "
     lines = [head + " ".join(f"{column:>8}" for column in _COLUMNS)]
     for one in counts:
         limit, before = KERNELS[one.kernel].limits.get(one.arch), record.get(one.arch, {}).get(one.kernel)
         cells = [
             f"{one.kernel:9} {one.arch:6} {resources[one.arch, one.kernel].registers:5}",
-            f"{sass.total(one.opcodes):6.0f} {one.per_element:10.2f}",
+            f"{sass.total(one.opcodes):6.0f} {one.per_element:10.2f} {one.once:6.2f}",
             f"{'-' if before is None else format(before, '.2f'):>7} {'-' if limit is None else format(limit, 'g'):>6}",
             *(f"{sass.total(one.opcodes, *column.split('/')):8.0f}" for column in _COLUMNS),
         ]
@@ -348,7 +367,7 @@ def resource_table(everything: Sequence[Resources], names: Mapping[str, str]) ->
 def compile_all(
     sources: Sequence[Path], folder: Path, home: Path, output: Path
 ) -> tuple[list[Resources], dict[Path, Path], float]:
-    """Compile every file of a folder, `JOBS` at a time; return what ptxas reports, the objects by source, and the seconds.
+    """Compile every file of a folder, `JOBS` at a time; return what ptxas reports, the objects, and the seconds.
 
     Raises:
         CheckError: One does not compile.
@@ -382,6 +401,8 @@ def examine(
         for path in objects:
             code |= disassemble(cuobjdump, path, arch)
         problems += local_memory_problems(arch, code, names)
+        if show_loops:
+            print("\n".join(count_unjudged(arch, code, names)))
         for key, kernel in KERNELS.items():
             found = [mangled for mangled in code if re.search(kernel.pattern, names.get(mangled, mangled))]
             if len(found) != 1:
@@ -394,6 +415,19 @@ def examine(
             except CheckError as error:
                 problems.append(str(error))
     return counts, problems
+
+
+def count_unjudged(arch: str, code: Mapping[str, Sequence[sass.Instruction]], names: Mapping[str, str]) -> list[str]:
+    """Return one line for each kernel of `UNJUDGED`: its tile loop with every instruction counted once."""
+    lines = []
+    for what, (pattern, channels) in UNJUDGED.items():
+        for mangled in (name for name in code if re.search(pattern, names.get(name, name))):
+            loop, inside = sass.tile_loop(code[mangled])
+            lines.append(
+                f"{what} on {arch}: {len(loop.body)} instructions, {len(loop.body) / (POSITIONS * channels):.2f} per "
+                f"element-direction, each of the {len(inside)} loops inside counted once"
+            )
+    return lines
 
 
 def print_loops(what: str, code: Sequence[sass.Instruction]) -> None:
@@ -463,7 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--require-nvcc", action="store_true", help="fail where there is no nvcc, as CI does")
     parser.add_argument("--update", action="store_true", help="write the record")
     parser.add_argument("--record", type=Path, default=RECORD, help="file with the counts to compare with")
-    parser.add_argument("--all", action="store_true", help="print every kernel and every loop of the counted ones")
+    parser.add_argument("--all", action="store_true", help="print every kernel and loop, count more kernels")
     parser.add_argument("--sources", type=Path, default=ROOT / "csrc" / "cuda", help="folder with the .cu files")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "check_cuda", help="folder for the objects")
     options = parser.parse_args(arguments)
