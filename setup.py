@@ -1,10 +1,11 @@
 """Build ``mmvmamba._C``, the compiled kernels, as one binary for every PyTorch >= 2.10 and CPython >= 3.10.
 
-Everything else about the package stands in pyproject.toml. The kernels are registered with PyTorch's dispatcher
-through the LibTorch stable ABI, so nothing here ties the binary to the PyTorch it is built with. No network, no GPU
-and no CUDA toolkit are needed. Build isolation (plain ``pip install .``) hides PyTorch; it is then looked for beside
-pip, so that no second one is downloaded. Where the extension cannot be built, the package installs without it and uses
-the plain PyTorch path; one message says so (pip shows it with ``-v``).
+Everything else about the package stands in pyproject.toml. The kernels are registered with PyTorch's dispatcher through
+the LibTorch stable ABI, so nothing here ties the binary to the PyTorch it is built with, except that CUDA kernels need
+one for the same major version of CUDA. No network, no GPU and no CUDA toolkit are needed. Build isolation (plain ``pip
+install .``) hides PyTorch; it is then looked for beside pip, so that no second one is downloaded. Where the extension
+cannot be built, the package installs without it and uses the plain PyTorch path; one message says so (pip shows it with
+``-v``).
 
 Environment variables read here, and nowhere else:
 

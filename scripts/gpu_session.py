@@ -4,8 +4,8 @@ For a bare machine that is lent for a short time and has no network: Python with
 setuptools, and nvcc. It builds the extension for this GPU, runs the tests marked ``gpu`` and the benchmarks, the most
 telling first: the CUDA kernels, then Triton's, then the rest. Every step has a time limit, to which it may add what
 earlier ones left over; one at its limit is interrupted first, so that pytest still prints what failed, and killed after
-that. One that fails does not stop the rest. Logs and results go to the folder ``$OUT`` (at most eight files; without it build/gpu_session), a short
-table is printed last, and the exit code is 0 only if every step was run and passed.
+that. One that fails does not stop the rest. Logs and results go to the folder ``$OUT`` (at most eight files; without it
+build/gpu_session), a short table is printed last, and the exit code is 0 only if every step was run and passed.
 
 The models need mmengine. Where the machine has none, fetch wheels beforehand with ``--fetch-wheels`` (they go to .whl)
 and take them along; they are unpacked to a temporary folder, not installed.

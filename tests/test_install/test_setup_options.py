@@ -138,7 +138,7 @@ def test_a_cuda_home_without_a_toolkit_costs_only_the_cuda_kernels(setup_py, tmp
     [
         ({"release": "12.4"}, "", "is that of CUDA 12 and PyTorch is built for CUDA 13.0: use a toolkit of CUDA 13"),
         ({"release": "none"}, "", "does not say its release and PyTorch is built for CUDA 13.0"),
-        ({"compiles": "echo 'note' >&2; echo \"nvcc fatal   : Unsupported gpu architecture 'compute_120'\" >&2; exit 1"},
+        ({"compiles": "echo note; echo \"nvcc fatal   : Unsupported gpu architecture 'compute_120'\"; exit 1"},
          "9.0;12.0", "cannot compile for 9.0, 12.0 .*Unsupported gpu architecture 'compute_120'"),
         ({"compiles": "echo 'host_config.h: error: #error -- unsupported GNU version!' >&2; exit 2"},
          "", "cannot compile for 8.0, 8.6, 8.9, 9.0.PTX .*unsupported GNU version"),
