@@ -5,7 +5,7 @@
 // warp leaves the state after its slice for the next turn, in two halves like the effects and for the same reason.
 #pragma once
 
-#include "scan.cuh"
+#include "slice.cuh"
 
 namespace mmvmamba {
 
@@ -21,10 +21,12 @@ struct SliceEffect {
   }
 };
 
-// Decay of a step, and its exponent. kBounded: no rate is positive and no step size negative.
+// Decay of a step, and its exponent. kBounded: no rate is positive and no step size negative. A position outside the
+// span decays nothing whatever its rate is; the kernels for one state rely on a step size of 0 and finite rates there.
 template <bool kBounded = false>
-__device__ __forceinline__ float step_decay(float rate, float s, float& exponent) {
+__device__ __forceinline__ float step_decay(float rate, float s, float& exponent, bool inside = true) {
   exponent = kBounded ? rate * s : min_nan(rate * s, kLargestExponent);
+  exponent = inside ? exponent : 0.0f;
   return exp2_approx(exponent);
 }
 

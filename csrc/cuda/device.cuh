@@ -12,7 +12,6 @@
 namespace mmvmamba {
 inline int64_t multiply_add_wide(int a, int b, int64_t c) { return static_cast<int64_t>(a) * b + c; }
 inline void store_global(int64_t address, float value) { *reinterpret_cast<float*>(address) = value; }
-inline int atomicExch(int* at, int value) { return __atomic_exchange_n(at, value, __ATOMIC_RELAXED); }
 template <typename Object>
 int64_t hidden(const Object* pointer) {
   return reinterpret_cast<int64_t>(pointer);
@@ -56,7 +55,7 @@ __device__ __forceinline__ int64_t multiply_add_wide(int a, int b, int64_t c) {
 // An address whose origin the compiler does not see, so that it stays in registers and is not computed again and again.
 template <typename Object>
 __device__ __forceinline__ int64_t hidden(const Object* pointer) {
-  int64_t address = reinterpret_cast<int64_t>(pointer);
+  int64_t address = static_cast<int64_t>(__cvta_generic_to_global(pointer));
   asm("" : "+l"(address));
   return address;
 }

@@ -43,19 +43,13 @@ Launcher::Launcher(const Tensor&) {
   const auto found = device_limits();
   limits_ = {found.sm_count, found.shared_bytes_per_block};
 }
-Launcher::~Launcher() = default;
 void Launcher::check_launch() const {}
 #else
-Launcher::Launcher(const Tensor& on) : device_(on.get_device_index()) {
-  check(cudaGetDevice(&previous_), "current device");
-  if (previous_ != device_) check(cudaSetDevice(device_), "device of the tensors");
+Launcher::Launcher(const Tensor& on) : device_(on.get_device_index()), guard_(device_) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
   limits_ = read_limits(device_);
-}
-Launcher::~Launcher() {
-  if (previous_ != device_) cudaSetDevice(previous_);
 }
 void Launcher::check_launch() const { check(cudaGetLastError(), "launch of a kernel"); }
 #endif
@@ -65,10 +59,10 @@ void Launcher::scan(ScanKernel kernel, const ScanArgs& args, int warps, int shar
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "mmvmamba: batch, channels and length need ", blocks,
                   " blocks, a launch has at most 2^31 - 1: split the batch");
 #ifndef MMVMAMBA_EMULATE_CUDA
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               shared_bytes),
-          "shared memory of a kernel");
+  // Always the most there is: another thread may launch the same kernel with another size.
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             limits_.shared_bytes),
+        "shared memory of a kernel");
 #endif
   launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(kLanes * warps)), shared_bytes,
          stream_, args);
@@ -82,12 +76,10 @@ Scan::Scan(const Launcher& launcher, const Tensor& like, ScalarType element, Sca
       args_(args),
       plan_(plan_scan(problem, launcher.limits(), backward)),
       backward_(backward),
-      like_(like),
       both_axes_(problem.both_axes) {
   STD_TORCH_CHECK(plan_.fits, op, ": n = ", problem.states, " states of rank ", problem.rank,
                   " need more shared memory than the ", launcher.limits().shared_bytes,
                   " bytes a block has on this GPU: use backend='reference' or a smaller n");
-  args_.tiles = plan_.tiles;
   args_.bands = plan_.bands;
   args_.band_length = plan_.band_length;
   if (plan_.bands == 1) return;
@@ -97,25 +89,38 @@ Scan::Scan(const Launcher& launcher, const Tensor& like, ScalarType element, Sca
   }
 }
 
+// One launch for every part of the channels.
+void Scan::launch_parts(bool aggregate) {
+  for (int i = 0; i < plan_.part_count; ++i) {
+    const Part& part = plan_.parts[i];
+    args_.tiles = part.tiles;
+    args_.tile_begin = part.tile_begin;
+    args_.channel_begin = part.channel_begin;
+    if (aggregate)
+      launcher_.scan(kernels_.aggregate[part.variant], args_, plan_.aggregate_warps, part.aggregate_shared_bytes);
+    else
+      launcher_.scan(kernels_.scan[part.variant], args_, plan_.warps, part.shared_bytes);
+  }
+}
+
 void Scan::run() {
   args_.axes = kAllAxes;
   args_.first_launch = true;
   if (plan_.bands > 1) {
-    launcher_.scan(kernels_.aggregate[plan_.variant], args_, plan_.aggregate_warps, plan_.aggregate_shared_bytes);
+    launch_parts(true);
     const int64_t count = static_cast<int64_t>(args_.batch) * args_.routes * args_.states * args_.channels;
     launcher_.elements(backward_ ? &scan_bands_kernel<true> : &scan_bands_kernel<false>, count, args_);
   }
-  const ScanKernel kernel = kernels_.scan[plan_.variant];
   // Bands along rows and along columns share pixels: first the ones, then the others.
   if (plan_.bands > 1 && both_axes_ && !args_.by_visit) {
     args_.axes = kRowAxis;
-    launcher_.scan(kernel, args_, plan_.warps, plan_.shared_bytes);
+    launch_parts(false);
     args_.axes = kColumnAxis;
     args_.first_launch = false;
   } else if (plan_.bands > 1 && !args_.by_visit) {
     args_.axes = args_.orders[0] == kColumn || args_.orders[0] == kColumnReversed ? kColumnAxis : kRowAxis;
   }
-  launcher_.scan(kernel, args_, plan_.warps, plan_.shared_bytes);
+  launch_parts(false);
 }
 
 namespace {
@@ -145,8 +150,17 @@ ScalarType written_type(ScalarType type) {
 
 }  // namespace
 
-Tensor sum_partials(const Launcher& launcher, const Tensor& partial, ScalarType type, std::vector<int64_t> shape) {
-  const int64_t parts = partial.size(0), count = parts == 0 ? 0 : partial.numel() / parts;
+Tensor sum_partials(const Launcher& launcher, const Tensor& all, ScalarType type, std::vector<int64_t> shape) {
+  Tensor partial = all;
+  const int64_t count = all.size(0) == 0 ? 0 : all.numel() / all.size(0);
+  // In rounds of groups, so that few elements with many parts keep more than few threads busy.
+  for (int64_t parts = all.size(0); parts > kPartsOfGroup; parts = partial.size(0)) {
+    const int64_t groups = (parts + kPartsOfGroup - 1) / kPartsOfGroup;
+    Tensor sums = new_floats(all, {groups, count});
+    launcher.elements(&sum_groups_kernel, groups * count, floats(partial), mutable_floats(sums), count, parts);
+    partial = sums;
+  }
+  const int64_t parts = partial.size(0);
   Tensor out = torch::stable::new_empty(partial, shape, written_type(type));
   if (parts == 0) return torch::stable::to(torch::stable::zero_(out), type);
   MMVMAMBA_FOR_TYPE(type, launcher.elements(&sum_partials_kernel<T>, count, floats(partial),
@@ -207,9 +221,18 @@ Tensor zeros(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
   return out;
 }
 
+void check_devices(const Tensor& first, const std::vector<OptionalTensor>& others, const char* op) {
+  for (const OptionalTensor& other : others)
+    STD_TORCH_CHECK(!other.has_value() ||
+                        (other->is_cuda() == first.is_cuda() && other->get_device_index() == first.get_device_index()),
+                    op, ": all tensors must be on one device, the first is on ", first.get_device_index(),
+                    ": move the others with .to()");
+}
+
 int checked_int(int64_t value, const char* op, const char* what) {
-  STD_TORCH_CHECK(value <= INT_MAX, op, ": ", what, " is ", value,
-                  ", the CUDA kernels take at most 2^31 - 1: split it");
+  // A little below what an int holds, so that rounding up to chunks or turns stays inside.
+  STD_TORCH_CHECK(value <= INT_MAX - 4096, op, ": ", what, " is ", value,
+                  ", the CUDA kernels take a little less than 2^31: split it");
   return static_cast<int>(value);
 }
 

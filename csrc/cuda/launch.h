@@ -1,6 +1,7 @@
 // Between the operators' tensors and the kernels: allocation, launches, the passes of a scan.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,7 +31,6 @@ using OptionalTensor = std::optional<Tensor>;
 class Launcher {
  public:
   explicit Launcher(const Tensor& on);
-  ~Launcher();
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
 
@@ -55,7 +55,10 @@ class Launcher {
   void check_launch() const;
 
  private:
-  int device_ = 0, previous_ = 0;
+#ifndef MMVMAMBA_EMULATE_CUDA
+  int device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
   cudaStream_t stream_ = nullptr;
   Limits limits_{};
 };
@@ -109,18 +112,19 @@ class Scan {
   void run();
 
  private:
+  void launch_parts(bool aggregate);
+
   const Launcher& launcher_;
   const ScanKernels& kernels_;
   ScanArgs args_;
   Plan plan_;
   bool backward_;
   std::vector<Tensor> keep_;
-  const Tensor like_;
   bool both_axes_;
 };
 
-// partial (parts, ...) summed in order, in the given type and shape.
-Tensor sum_partials(const Launcher& launcher, const Tensor& partial, ScalarType type, std::vector<int64_t> shape);
+// all (parts, ...) summed in an order given by their number, in the given type and shape.
+Tensor sum_partials(const Launcher& launcher, const Tensor& all, ScalarType type, std::vector<int64_t> shape);
 // (b, routes, length, width) -> (b, pixels, width)
 Tensor merge_visits(const Launcher& launcher, const Tensor& visits, const Visits& lists, ScalarType type,
                     int64_t pixels);
@@ -128,6 +132,8 @@ Tensor merge_visits(const Launcher& launcher, const Tensor& visits, const Visits
 Tensor merge_slots(const Launcher& launcher, const Tensor& visits, const Visits& lists, ScalarType type,
                    int64_t pixels);
 
+// Refuse tensors on another device than the first, before a kernel reads them.
+void check_devices(const Tensor& first, const std::vector<OptionalTensor>& others, const char* op);
 int checked_int(int64_t value, const char* op, const char* what);
 bool is_aligned(const void* pointer, int64_t bytes);
 Divider make_divider(int divisor);

@@ -26,10 +26,18 @@ struct Problem {
   bool both_axes;             // routes along rows and along columns
 };
 
-struct Plan {
+// A range of the channels of a group, and the kernel that does it.
+struct Part {
   Variant variant;
-  int warps, tiles, bands, band_length, shared_bytes;
-  int aggregate_warps, aggregate_shared_bytes;
+  int channel_begin, tile_begin, tiles;
+  int shared_bytes, aggregate_shared_bytes;
+};
+
+struct Plan {
+  Part parts[2];  // pairs of channels, and 32 single ones where the channels are an odd multiple of 32
+  int part_count;
+  int tiles;  // of all parts
+  int warps, aggregate_warps, bands, band_length;
   bool fits;  // else the device has too little shared memory for this many states or features
 };
 

@@ -6,13 +6,14 @@
 
 namespace mmvmamba {
 
-constexpr int kReduceThreads = 256;
+constexpr int kPartsOfGroup = 32;
 
 __device__ __forceinline__ int64_t thread_index() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
-// From what each band does to a state to the state each band starts with; `initial` (b, d, n) or null enters the first.
+// From what each band does to a state to the state each band starts with. What enters the
+// first: zero, or of the adjoint the gradient of the last state.
 template <bool kAdjoint>
 __global__ void scan_bands_kernel(const __grid_constant__ ScanArgs args) {
   const int64_t i = thread_index(), inner = static_cast<int64_t>(args.states) * args.channels;
@@ -34,6 +35,16 @@ __global__ void scan_bands_kernel(const __grid_constant__ ScanArgs args) {
   }
 }
 
+// Sums of kPartsOfGroup neighbouring parts: partial (parts, count) to out (groups, count).
+__global__ inline void sum_groups_kernel(const float* partial, float* out, int64_t count, int64_t parts) {
+  const int64_t at = thread_index(), first = at / count * kPartsOfGroup;
+  if (first >= parts) return;
+  const int64_t last = first + kPartsOfGroup < parts ? first + kPartsOfGroup : parts;
+  float sum = 0.0f;
+  for (int64_t part = first; part < last; ++part) sum += partial[part * count + at % count];
+  out[at] = sum;
+}
+
 // out[i] = partial[0][i] + partial[1][i] + ...
 template <typename T>
 __global__ void sum_partials_kernel(const float* partial, T* out, int64_t count, int64_t parts) {
@@ -44,8 +55,8 @@ __global__ void sum_partials_kernel(const float* partial, T* out, int64_t count,
   out[i] = from_float<T>(sum);
 }
 
-// The visits of every pixel by every route as lists: head (routes, pixels) and next (routes, length), -1 at the end,
-// filled with -1 before. The order within a list is that of the threads; who sums does not rely on it.
+// The visits of every pixel by every route as lists: head (routes, pixels), filled with -1 before, and next (routes,
+// length), -1 at the end. The order within a list is that of the threads; who sums does not rely on it.
 __global__ inline void list_visits_kernel(const int64_t* permutation, int* head, int* next, int64_t count, int length,
                                           int pixels) {
   const int64_t i = thread_index();

@@ -30,6 +30,7 @@ struct Inputs {
         A(as_type(A_, ScalarType::Float)),
         dt_bias(as_type(dt_bias_, ScalarType::Float)),
         D(as_type(D_, ScalarType::Float)) {
+    check_devices(x_, {projections_, dt_weight_, dt_bias_, A_, D_, permutation_}, kOp);
     check_shapes();
     const int64_t channels = x.size(3), routes = A.size(0);
     pixels = x.size(1) * x.size(2);
@@ -154,6 +155,7 @@ Gradients scan2d_backward(const Tensor& grad_out, const Tensor& x, const Tensor&
   const Launcher launcher(x);
   Inputs in(x, projections, dt_weight, dt_bias, A, D, orders, permutation, delta_softplus);
   if (in.is_empty()) return zero_gradients(in, x, projections, dt_weight, dt_bias, A, D);
+  check_devices(x, {grad_out, carries_}, kOp);
   const ScanArgs& a = in.args;
   const Tensor dy = as_type(grad_out, ScalarType::Float), carries = as_type(carries_, ScalarType::Float);
   const int64_t b = a.batch, k = a.routes, d = a.channels, n = a.states, r = a.rank;

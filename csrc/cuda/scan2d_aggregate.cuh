@@ -16,10 +16,16 @@ struct AggregateWalk {
   Slice<T, V, kOneState, kRankTiles> slice;
   float* effects;  // (warps, states, width, 2): log of the decay, end
 
+  static __device__ __forceinline__ SharedSizes sizes(const ScanArgs& args, int warps) {
+    SharedSizes of{kWidth, warps, args.rank, args.states, kOneState, kRankTiles >= 0, false};
+    of.exchanged = args.states;
+    return of;
+  }
+
   __device__ __forceinline__ AggregateWalk(const ScanArgs& args_, float* shared)
       : args(args_),
         place(args_),
-        layout(kWidth, place.warps, args_.rank, args_.states, kRankTiles >= 0, 0, 2 * args_.states, false),
+        layout(sizes(args_, place.warps)),
         slice(args_, layout, place, shared),
         effects(shared + layout.exchange) {}
 
@@ -60,8 +66,9 @@ struct AggregateWalk {
       const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        value[row][v] = kAdjoint ? args.grad_out[at + static_cast<int64_t>(slice.pixel(row)) * args.channels + v]
-                                 : s[row][v] * x[v];
+        value[row][v] = !slice.has(row) ? 0.0f
+                        : kAdjoint      ? args.grad_out[at + static_cast<int64_t>(slice.pixel(row)) * args.channels + v]
+                                        : s[row][v] * x[v];
     }
 #pragma unroll 1
     for (int state = 0; state < args.states; ++state) {
@@ -75,7 +82,7 @@ struct AggregateWalk {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           float exponent;
-          const float decay = step_decay(rates[v], s[row][v], exponent);
+          const float decay = step_decay(rates[v], s[row][v], exponent, slice.has(row));
           effect[2 * v] += exponent;
           effect[2 * v + 1] = kAdjoint ? decay * fmaf(factor, value[row][v], effect[2 * v + 1])
                                        : fmaf(decay, effect[2 * v + 1], factor * value[row][v]);

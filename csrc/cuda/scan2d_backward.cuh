@@ -25,11 +25,18 @@ struct BackwardWalk {
   float dA[V], dD[V], dbias[V];
   int carry_half = 0;
 
+  static __device__ __forceinline__ SharedSizes sizes(const ScanArgs& args, int warps) {
+    SharedSizes of{kWidth, warps, args.rank, args.states, kOneState, kRankTiles >= 0, true};
+    of.carried = args.states;
+    of.exchanged = 4;
+    of.map_rows = args.by_visit ? 0 : args.band_length + warps;
+    return of;
+  }
+
   __device__ __forceinline__ BackwardWalk(const ScanArgs& args_, float* shared)
       : args(args_),
         place(args_),
-        layout(kWidth, place.warps, args_.rank, args_.states, kProjected, args_.by_visit ? 0 : args_.band_length + 1, 4,
-               true),
+        layout(sizes(args_, place.warps)),
         slice(args_, layout, place, shared),
         effects{shared + layout.exchange},
         map(shared + layout.map),
@@ -41,7 +48,7 @@ struct BackwardWalk {
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
     grad_out = hidden(args.grad_out + at);
     if (!args.by_visit)
-      for (int i = threadIdx.x; i < (args.band_length + 1) * kWidth; i += blockDim.x) map[i] = 0.0f;
+      for (int i = threadIdx.x; i < (args.band_length + place.warps) * kWidth; i += blockDim.x) map[i] = 0.0f;
   }
 
   __device__ __forceinline__ void load_dy(int row, float (&dy)[V]) const {
@@ -118,7 +125,8 @@ struct BackwardWalk {
   // Where the gradients of the features of a row 0 go.
   __device__ __forceinline__ void set_features_target(int route) {
     const int rows = args.by_visit ? args.length : args.pixels, slot = args.groups > 1 ? place.group : route;
-    const int64_t at = (static_cast<int64_t>(place.tile) * args.batch + place.batch) * rows * args.slots + slot;
+    const int64_t at =
+        (static_cast<int64_t>(args.tile_begin + place.tile) * args.batch + place.batch) * rows * args.slots + slot;
     slice.set_gradients(args.dprojections + at * args.features);
   }
 
@@ -147,7 +155,8 @@ struct BackwardWalk {
           slice.step_sizes(row, bias, s);
 #pragma unroll
           for (int v = 0; v < V; ++v)
-            h[v] = fmaf(step_decay(rates[v], s[v], exponent), h[v], s[v] * slice.B(row, state) * x[v]);
+            if (slice.has(row))
+              h[v] = fmaf(step_decay(rates[v], s[v], exponent), h[v], s[v] * slice.B(row, state) * x[v]);
         }
         store_vector<V>(first_states + state * kWidth + V * place.lane, h);
       }
@@ -177,80 +186,101 @@ struct BackwardWalk {
     effects.backward(place, r);
   }
 
+  // What a slice of one state keeps in registers.
+  struct Rows {
+    float s[kRows][V], decay[kRows][V], dy[kRows][V];
+    Packed<T, V> x[kRows];
+  };
+
   template <bool kBounded>
   __device__ __forceinline__ void one_state(int route, const float (&bias)[V]) {
-    float s[kRows][V], decay[kRows][V], dy[kRows][V], h[V], r[V], rates[V], scaled[V];
-    Packed<T, V> x[kRows];
+    Rows rows;
+    float h[V], r[V], rates[V], adjoint[V] = {}, dB[kRows], dC[kRows];
     SliceEffect<V> effect;
-    float adjoint[V] = {};
     load_saved(route, 0, h);
     load_vector<V>(shared_rates + V * place.lane, rates);  // kept there, not in registers
+    load_rows<kBounded>(bias, rates, rows, effect);
+    adjoint_effect(rows.decay, rows.dy, 0, adjoint);
+#pragma unroll
+    for (int v = 0; v < V; ++v) rates[v] *= kLn2;  // from here on: of the exponent of 2
+    exchange(0, effect, adjoint, h, r);
+    replay(rows, h);
+    walk_back(rows, rates, h, r, dB, dC);
+    write_row_sums(dB, dC, 0);
+    if (place.warp == 0) store_vector<V>(carried(carry_half ^ 1, 0), r);
+  }
+
+  // Inputs of all rows; what they add to the state goes to scratch memory.
+  template <bool kBounded>
+  __device__ __forceinline__ void load_rows(const float (&bias)[V], const float (&rates)[V], Rows& rows,
+                                            SliceEffect<V>& effect) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {  // all in flight before the first is used
-      x[row] = slice.load_x(row);
-      load_dy(row, dy[row]);
+      rows.x[row] = slice.load_x(row);
+      load_dy(row, rows.dy[row]);
     }
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      slice.step_sizes(row, bias, s[row]);
+      slice.step_sizes(row, bias, rows.s[row]);
       const float B = slice.B(row, 0);
       float input[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         float exponent;
-        decay[row][v] = step_decay<kBounded>(rates[v], s[row][v], exponent);
+        rows.decay[row][v] = step_decay<kBounded>(rates[v], rows.s[row][v], exponent);
         effect.log_decay[v] += exponent;
-        input[v] = s[row][v] * B * x[row][v];
-        effect.end[v] = fmaf(decay[row][v], effect.end[v], input[v]);
+        input[v] = rows.s[row][v] * B * rows.x[row][v];
+        effect.end[v] = fmaf(rows.decay[row][v], effect.end[v], input[v]);
       }
       store_vector<V>(scratch(row), input);
     }
-    adjoint_effect(decay, dy, 0, adjoint);
-#pragma unroll
-    for (int v = 0; v < V; ++v) scaled[v] = kLn2 * rates[v];
-    exchange(0, effect, adjoint, h, r);
+  }
+
+  // The states of the slice: in scratch memory, in place of the inputs, those before each row; h becomes the last.
+  __device__ __forceinline__ void replay(const Rows& rows, float (&h)[V]) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float input[V];
       load_vector<V>(scratch(row), input);
       store_vector<V>(scratch(row), h);
 #pragma unroll
-      for (int v = 0; v < V; ++v) h[v] = fmaf(decay[row][v], h[v], input[v]);
+      for (int v = 0; v < V; ++v) h[v] = fmaf(rows.decay[row][v], h[v], input[v]);
     }
-    float dB[kRows], dC[kRows];
+  }
+
+  // The gradients of the slice, last row first; those of z go to scratch memory, in place of the states.
+  __device__ __forceinline__ void walk_back(const Rows& rows, const float (&scaled_rates)[V], float (&h)[V],
+                                            float (&r)[V], float (&dB)[kRows], float (&dC)[kRows]) {
 #pragma unroll
     for (int row = kRows - 1; row >= 0; --row) {
       const float B = slice.B(row, 0), C = slice.C(row, 0);
       float* target = slice.map_row(map, row);
-      float before[V], dx[V], dz[V];
+      float before[V], dx[V], dz[V], dy[V];
       // Read again where the registers do not suffice.
-      const Packed<T, V> its_x = kRankTiles == 1 ? x[row] : slice.load_x(row);
-      float its_dy[V];
+      const Packed<T, V> x = kRankTiles == 1 ? rows.x[row] : slice.load_x(row);
       if constexpr (kRankTiles == 1 || kIsHalf<T>)
 #pragma unroll
-        for (int v = 0; v < V; ++v) its_dy[v] = dy[row][v];
+        for (int v = 0; v < V; ++v) dy[v] = rows.dy[row][v];
       else
-        load_dy(row, its_dy);
+        load_dy(row, dy);
       load_vector<V>(scratch(row), before);
       load_vector<V>(target, dx);
       dB[row] = dC[row] = 0.0f;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float q = fmaf(C, its_dy[v], r[v]);
-        r[v] = decay[row][v] * q;
-        const float drate = r[v] * before[v], qx = q * its_x[v];
-        dA[v] = fmaf(drate, s[row][v], dA[v]);
-        dB[row] = fmaf(qx, s[row][v], dB[row]);
-        dC[row] = fmaf(its_dy[v], h[v], dC[row]);
-        dx[v] = fmaf(q * s[row][v], B, dx[v]);
-        dz[v] = fmaf(qx, B, scaled[v] * drate) * softplus_slope(s[row][v]);
+        const float s = rows.s[row][v], q = fmaf(C, dy[v], r[v]);
+        r[v] = rows.decay[row][v] * q;
+        const float drate = r[v] * before[v], qx = q * x[v];
+        dA[v] = fmaf(drate, s, dA[v]);
+        dB[row] = fmaf(qx, s, dB[row]);
+        dC[row] = fmaf(dy[v], h[v], dC[row]);
+        dx[v] = fmaf(q * s, B, dx[v]);
+        dz[v] = fmaf(qx, B, scaled_rates[v] * drate) * softplus_slope(s);
         h[v] = before[v];
       }
       store_vector<V>(target, dx);
       store_vector<V>(scratch(row), dz);
     }
-    write_row_sums(dB, dC, 0);
-    if (place.warp == 0) store_vector<V>(carried(carry_half ^ 1, 0), r);
   }
 
   // This lane's part of a row of scratch memory: z; then inputs of the state, states, gradients of z.
@@ -309,7 +339,10 @@ struct BackwardWalk {
       load_dy(row, dy[row]);
       slice.step_sizes(row, bias, s[row]);
 #pragma unroll
-      for (int v = 0; v < V; ++v) x[row][v] = packed[v];
+      for (int v = 0; v < V; ++v) {
+        x[row][v] = slice.has(row) ? packed[v] : 0.0f;
+        dy[row][v] = slice.has(row) ? dy[row][v] : 0.0f;
+      }
     }
 #pragma unroll 1
     for (int state = 0; state < args.states; ++state) one_of_many(route, state, first_turn, s, x, dy, ds, dx);
@@ -321,7 +354,7 @@ struct BackwardWalk {
     for (int row = 0; row < kRows; ++row) {
       float dz[V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) dz[v] = ds[row][v] * softplus_slope(s[row][v]);
+      for (int v = 0; v < V; ++v) dz[v] = place.valid ? ds[row][v] * softplus_slope(s[row][v]) : 0.0f;
       if constexpr (kProjected)
         store_vector<V>(scratch(row), dz);
       else if (slice.has(row))
@@ -344,7 +377,7 @@ struct BackwardWalk {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         float exponent;
-        decay[row][v] = step_decay(rates[v], s[row][v], exponent);
+        decay[row][v] = step_decay(rates[v], s[row][v], exponent, slice.has(row));
         effect.log_decay[v] += exponent;
         effect.end[v] = fmaf(decay[row][v], effect.end[v], s[row][v] * B * x[row][v]);
       }
@@ -454,7 +487,7 @@ struct BackwardWalk {
   __device__ __forceinline__ void write_map() {
     __syncthreads();
     const bool by_column = args.bands > 1 && args.axes == kColumnAxis;
-    const int from = place.band * args.band_length, until = min(from + args.band_length, args.length);
+    const int from = place.band * args.band_length, until = end_of_band(args, from);
     const bool skips = args.first_launch && args.D != nullptr;
     float skip[V] = {}, sum[V] = {};
     for (int route = 0; route < args.routes && skips && place.valid; ++route)

@@ -5,8 +5,8 @@
 
 namespace mmvmamba {
 
-// One block's forward walk. kOneState: n = 1, everything of a slice in registers. kRankTiles: 1 for a rank up to 7, 0
-// for any, -1 where step sizes are given.
+// One block's forward walk. kOneState: n = 1, everything of a slice in registers. kRankTiles: 1 for an even rank up to
+// 6, 0 for any, -1 where step sizes are given.
 template <typename T, int V, bool kOneState, int kRankTiles>
 struct ForwardWalk {
   static constexpr int kWidth = kLanes * V;
@@ -18,17 +18,24 @@ struct ForwardWalk {
   float *map, *carry;
   int carry_half = 0;
 
+  static __device__ __forceinline__ SharedSizes sizes(const ScanArgs& args, int warps) {
+    SharedSizes of{kWidth, warps, args.rank, args.states, kOneState, kRankTiles >= 0, false};
+    of.carried = args.states;
+    of.exchanged = 2;
+    of.map_rows = args.by_visit ? 0 : args.band_length + warps;
+    return of;
+  }
+
   __device__ __forceinline__ ForwardWalk(const ScanArgs& args_, float* shared)
       : args(args_),
         place(args_),
-        layout(kWidth, place.warps, args_.rank, args_.states, kRankTiles >= 0,
-               args_.by_visit ? 0 : args_.band_length + 1, 2, false),
+        layout(sizes(args_, place.warps)),
         slice(args_, layout, place, shared),
         exchange{shared + layout.exchange},
         map(shared + layout.map),
         carry(shared + layout.carry) {
     if (!args.by_visit)
-      for (int i = threadIdx.x; i < (args.band_length + 1) * kWidth; i += blockDim.x) map[i] = 0.0f;
+      for (int i = threadIdx.x; i < (args.band_length + place.warps) * kWidth; i += blockDim.x) map[i] = 0.0f;
   }
 
   __device__ __forceinline__ void walk(int route) {
@@ -133,7 +140,7 @@ struct ForwardWalk {
       const Packed<T, V> x = slice.load_x(row);
       slice.step_sizes(row, bias, s[row]);
 #pragma unroll
-      for (int v = 0; v < V; ++v) su[row][v] = s[row][v] * x[v];
+      for (int v = 0; v < V; ++v) su[row][v] = slice.has(row) ? s[row][v] * x[v] : 0.0f;
     }
 #pragma unroll 1
     for (int state = 0; state < args.states; ++state) one_of_many(span, route, state, last_turn, s, su, y);
@@ -156,7 +163,7 @@ struct ForwardWalk {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         float exponent;
-        decay[row][v] = step_decay(rates[v], s[row][v], exponent);
+        decay[row][v] = step_decay(rates[v], s[row][v], exponent, slice.has(row));
         effect.log_decay[v] += exponent;
         effect.end[v] = fmaf(decay[row][v], effect.end[v], B * su[row][v]);
       }
@@ -217,7 +224,7 @@ struct ForwardWalk {
   __device__ __forceinline__ void write_map() {
     __syncthreads();
     const bool by_column = args.bands > 1 && args.axes == kColumnAxis;
-    const int from = place.band * args.band_length, until = min(from + args.band_length, args.length);
+    const int from = place.band * args.band_length, until = end_of_band(args, from);
     float skip[V] = {};
     for (int route = 0; route < args.routes && args.D != nullptr && place.valid; ++route)
 #pragma unroll

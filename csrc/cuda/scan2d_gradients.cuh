@@ -1,7 +1,7 @@
 // Sums of the backward that cross channels or positions: rows over lanes, features of the step size, their weights.
 #pragma once
 
-#include "scan.cuh"
+#include "slice.cuh"
 
 namespace mmvmamba {
 
@@ -40,19 +40,6 @@ __device__ __forceinline__ void store_feature(const AnySlice& slice, int64_t tar
                value);
 }
 
-// Operands of the tensor cores: in half precision the first 11 bits, as much as the gradient has anyway; in float32 two
-// parts.
-template <typename T, int kCount>
-__device__ __forceinline__ void split_operand(const float (&value)[kCount], uint32_t (&high)[kCount],
-                                              uint32_t (&low)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float first = first_part(value[i]);
-    high[i] = __float_as_uint(kIsHalf<T> ? value[i] : first);
-    low[i] = __float_as_uint(kIsHalf<T> ? 0.0f : value[i] - first);
-  }
-}
-
 // Numbers are cut off, not rounded, where the tensor cores read them, which makes them smaller by 2^-11 ln 2 on
 // average. What is stored for them in half precision is larger by as much.
 constexpr float kCutOff = 3.3845e-4f;
@@ -72,10 +59,10 @@ template <typename T, int V, bool kOneState, int kRankTiles>
 __device__ __forceinline__ void feature_gradients(const Slice<T, V, kOneState, kRankTiles>& slice, int64_t dfeatures) {
   const SharedLayout& layout = slice.layout;
   const int g = slice.place.lane / 4, t = slice.place.lane % 4;
-  __syncwarp();
   const int tiles = kRankTiles == 1 ? 1 : (slice.args.rank + kRankTile - 1) / kRankTile;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
+    __syncwarp();  // lanes part where rows or columns are missing
     float sum[4] = {};
     const float* weight = slice.weights + 4 * ((4 * tile + g % 4) * layout.weight_stride + t) + g / 4;
 #pragma unroll
@@ -149,7 +136,7 @@ template <typename T, int V, bool kOneState, int kRankTiles>
 __device__ __forceinline__ void write_weight_gradients(const Slice<T, V, kOneState, kRankTiles>& slice, int route,
                                                        const float* dweights) {
   const ScanArgs& args = slice.args;
-  const int within = slice.place.tile * kLanes * V;
+  const int within = args.channel_begin + slice.place.tile * kLanes * V;
   const int64_t first =
       ((static_cast<int64_t>(slice.place.batch) * args.bands + slice.place.band) * args.routes + route) *
           args.channels +

@@ -33,6 +33,7 @@ struct Inputs {
         A(as_type(A_, ScalarType::Float)),
         D(as_type(D_, ScalarType::Float)),
         delta_bias(as_type(delta_bias_, ScalarType::Float)) {
+    check_devices(u_, {delta_, A_, B, C, D_, delta_bias_}, kOp);
     check_shapes(u_, delta_, B, C);
     args.batch = checked_int(u_.size(0), kOp, "the batch");
     args.channels = checked_int(u_.size(1), kOp, "the number of channels");
@@ -142,6 +143,7 @@ Gradients selective_scan_backward(const Tensor& grad_out, const OptionalTensor& 
   const Launcher launcher(u);
   Inputs in(u, delta, A, B, C, D, delta_bias, delta_softplus);
   if (in.is_empty()) return zero_gradients(u, delta, A, B, C, D, delta_bias);
+  check_devices(u, {grad_out, grad_last_state_, carries_}, kOp);
   const ScanArgs& a = in.args;
   const int64_t b = a.batch, d = a.channels, n = a.states, l = a.length, g = a.groups;
   const Tensor dy = transposed(grad_out, ScalarType::Float), carries = as_type(carries_, ScalarType::Float);

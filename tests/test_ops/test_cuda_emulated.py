@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmvmamba import ops
 from mmvmamba.ops import BIDIRECTIONAL_SCAN, CROSS_SCAN, UNIDIRECTIONAL_SCAN, ScanOrder
 from mmvmamba.testing import FORWARD_BOUND, PARAMETER_GRAD_BOUND, STREAM_GRAD_BOUND, assert_close
 from tests import cuda_emulation
@@ -146,7 +147,9 @@ VARIANTS = {
     "pairs, small rank": (64, 1, 6),
     "pairs": (64, 1, 12),
     "singles, small rank": (32, 1, 6),
-    "singles": (96, 1, 5),
+    "singles": (32, 1, 5),
+    "pairs and singles, small rank": (96, 1, 6),
+    "pairs and singles": (96, 1, 8),
     "part of a tile": (40, 1, 6),
     "states": (20, 3, 6),
 }
@@ -287,3 +290,36 @@ def test_extremes_on_every_plan(name: str, dtype: torch.dtype, softplus: bool, m
         torch.manual_seed(0)  # a sum that cancels has a large error whoever computes it: the numbers of the other test
         test_extremes.test_grid_of_step_sizes_and_rates(name, dtype, softplus, "compiled")
         test_extremes.test_a_state_that_is_zero_stays_so_under_any_growth(name, softplus, "compiled")
+
+
+@pytest.mark.parametrize("length", [32, 33, 40, 200])
+@pytest.mark.parametrize("plan", PLANS)
+def test_infinite_inputs_do_not_leave_their_positions(length: int, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows behind the end of a sequence repeat its last position: they must not turn infinity into NaN."""
+    use_plan(monkeypatch, plan)
+    u, delta = torch.ones(1, 3, length), torch.ones(1, 3, length)
+    u[0, 0, -1] = float("inf")
+    A = torch.tensor([[-1.0], [-float("inf")], [-1.0]])
+    B = C = torch.ones(1, 1, length)
+    expected, expected_state = ops.selective_scan(u, delta, A, B, C, backend="reference", return_last_state=True)
+    out, last_state = cuda_emulation.selective_scan(u, delta, A, B, C, return_last_state=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(last_state, expected_state)
+
+
+def test_many_states_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_plan(monkeypatch, "a thousand")
+    n, length = 128, 1100
+    u, delta, A = torch.randn(1, 5, length), torch.rand(1, 5, length) * 0.1, -torch.rand(5, n)
+    B, C = torch.randn(1, n, length), torch.randn(1, n, length)
+    expected = ops.selective_scan(*(t.double() for t in (u, delta, A, B, C)), backend="reference")
+    out = cuda_emulation.selective_scan(u, delta, A, B, C)
+    assert_close("out", out, expected, FORWARD_BOUND[torch.float32])
+
+
+def test_too_many_routes_are_refused() -> None:
+    k, d = 65, 2
+    x, projections = torch.randn(1, 2, 2, d), torch.randn(1, 2, 2, k, 3)
+    parameters = torch.randn(k, d, 1), None, -torch.rand(k, d, 1), None
+    with pytest.raises(RuntimeError, match="1 <= k <= 64"):
+        cuda_emulation.scan2d(x, projections, *parameters, orders=(ScanOrder.ROW,) * k)
