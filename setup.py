@@ -364,7 +364,7 @@ def find_cuda(options: Options, cuda_sources: list[Path], torch_cuda: str | None
             problem = str(error)
         if toolkit is None and options.cuda == "auto":
             print(f"mmvmamba: building WITHOUT the CUDA kernels: {problem}", file=sys.stderr)
-    return toolkit if wants_cuda(options, cuda_sources, torch_cuda, toolkit and toolkit.home) else None
+    return toolkit if wants_cuda(options, cuda_sources, torch_cuda, toolkit.home if toolkit else None) else None
 
 
 def make_extension(options: Options) -> tuple[Extension, str | None]:
