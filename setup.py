@@ -1,10 +1,11 @@
 """Build ``mmvmamba._C``, the compiled kernels, as one binary for every PyTorch >= 2.10 and CPython >= 3.10.
 
-Everything else about the package stands in pyproject.toml. The kernels are registered with PyTorch's dispatcher
-through the LibTorch stable ABI, so nothing here ties the binary to the PyTorch it is built with. No network, no GPU
-and no CUDA toolkit are needed. Build isolation (plain ``pip install .``) hides PyTorch; it is then looked for beside
-pip, so that no second one is downloaded. Where the extension cannot be built, the package installs without it and uses
-the plain PyTorch path; one message says so (pip shows it with ``-v``).
+Everything else about the package stands in pyproject.toml. The kernels are registered with PyTorch's dispatcher through
+the LibTorch stable ABI, so nothing here ties the binary to the PyTorch it is built with, except that CUDA kernels need
+one for the same major version of CUDA. No network, no GPU and no CUDA toolkit are needed. Build isolation (plain ``pip
+install .``) hides PyTorch; it is then looked for beside pip, so that no second one is downloaded. Where the extension
+cannot be built, the package installs without it and uses the plain PyTorch path; one message says so (pip shows it with
+``-v``).
 
 Environment variables read here, and nowhere else:
 
@@ -12,6 +13,7 @@ Environment variables read here, and nowhere else:
 |---|---|---|
 | ``MMVMAMBA_BUILD`` | ``auto`` (default), ``0``, ``1`` | the extension: if it can be built, never, required |
 | ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | the CUDA kernels: if they can be built, never, required |
+| ``CUDA_HOME`` | a folder | the CUDA toolkit; else that of the nvcc on PATH |
 | ``TORCH_CUDA_ARCH_LIST`` | e.g. ``8.0;9.0+PTX`` | GPU generations, also by name (``Hopper``); no live GPU is asked |
 | ``MAX_JOBS`` | a number >= 1 | compilations at the same time (needs ninja) |
 | ``DEBUG`` | ``0`` (default), ``1`` | ``1``: no optimisation, debug symbols, asserts on |
@@ -31,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +70,14 @@ class Options:
     cuda_archs: str  # as it stands in the environment: who builds no CUDA kernels may have anything there
     max_jobs: int | None
     debug: bool
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit that can compile our kernels, and the GPU generations it compiles them for."""
+
+    home: Path
+    archs: tuple[str, ...]
 
 
 def _choice(env: Mapping[str, str], name: str, values: Mapping[str, Any], default: str) -> Any:
@@ -142,10 +153,49 @@ def supported_cuda_archs(text: str, nvcc_archs: Iterable[str]) -> tuple[str, ...
     return (*kept[:-1], f"{kept[-1]}+PTX")
 
 
-def list_nvcc_archs(home: Path) -> list[str]:
-    """What ``nvcc --list-gpu-arch`` of a toolkit prints."""
-    command = [str(home / "bin" / "nvcc"), "--list-gpu-arch"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=NVCC_SECONDS, check=True).stdout.split()
+def ask_nvcc(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the nvcc of a toolkit.
+
+    Raises:
+        OptionError: It does not start or does not end.
+    """
+    command = [str(home / "bin" / "nvcc"), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=NVCC_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise OptionError(f"{command[0]} cannot be run ({error}): repair the CUDA toolkit") from error
+
+
+def use_toolkit(home: Path, options: Options, torch_cuda: str) -> Toolkit:
+    """Return the toolkit with the GPU generations to compile for, after it has compiled an empty file for them.
+
+    Args:
+        home: Its folder.
+        torch_cuda: ``torch.version.cuda``; PyTorch's BuildExtension refuses a toolkit of another major version.
+
+    Raises:
+        OptionError: It cannot compile kernels for this PyTorch or for one of the generations.
+    """
+    found = re.search(r"release (\d+)\.\d+", ask_nvcc(home, "--version").stdout)
+    wanted = torch_cuda.split(".")[0]
+    if found is None or found[1] != wanted:
+        release = "does not say its release" if found is None else f"is that of CUDA {found[1]}"
+        raise OptionError(
+            f"the nvcc in {home} {release} and PyTorch is built for CUDA {torch_cuda}: use a toolkit of CUDA {wanted}"
+        )
+    archs = supported_cuda_archs(options.cuda_archs, ask_nvcc(home, "--list-gpu-arch").stdout.split())
+    numbers = [re.sub(r"\.|\+PTX", "", arch) for arch in archs if re.match(r"\d", arch)]
+    with tempfile.TemporaryDirectory() as folder:
+        # Empty, but nvcc puts its own headers before it, which refuse a C++ compiler that is too new for them.
+        source = Path(folder, "empty.cu")
+        source.touch()
+        codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+        answer = ask_nvcc(home, "-std=c++20", *codes, "-c", str(source), "-o", str(source.with_suffix(".o")))
+    if answer.returncode != 0:
+        lines = [line.strip() for line in (answer.stderr + answer.stdout).splitlines() if line.strip()]
+        told = [line for line in lines if re.search(r"\b(fatal|error)\b", line)] or lines or ["it says nothing"]
+        raise OptionError(f"the nvcc in {home} cannot compile for {', '.join(archs)} ({told[0]}): use another toolkit")
+    return Toolkit(home, archs)
 
 
 def find_cuda_home(env: Mapping[str, str]) -> Path | None:
@@ -294,20 +344,27 @@ def give_up(options: Options, problem: str) -> None:
     )
 
 
-def find_cuda(options: Options, cuda_sources: list[Path], torch_cuda: str | None) -> Path | None:
-    """Return the toolkit to build the CUDA kernels with, None to build without them; see `wants_cuda`."""
-    home, problem = None, "no CUDA toolkit was found"
+def find_cuda(options: Options, cuda_sources: list[Path], torch_cuda: str | None) -> Toolkit | None:
+    """Return the toolkit to build the CUDA kernels with, None to build without them.
+
+    Where they are neither required nor forbidden, one line says why they are not built.
+
+    Raises:
+        OptionError: They are required and cannot be built; the message says why.
+    """
+    toolkit, problem = None, "no CUDA toolkit was found"
     # A broken toolkit must not stop a build that has no use for one.
     if options.cuda != "never" and cuda_sources and torch_cuda is not None:
         try:
             home = find_cuda_home(os.environ)
+            toolkit = None if home is None else use_toolkit(home, options, torch_cuda)
         except OptionError as error:
             if options.cuda == "always":
                 raise
             problem = str(error)
-        if home is None and options.cuda == "auto":
+        if toolkit is None and options.cuda == "auto":
             print(f"mmvmamba: building WITHOUT the CUDA kernels: {problem}", file=sys.stderr)
-    return home if wants_cuda(options, cuda_sources, torch_cuda, home) else None
+    return toolkit if wants_cuda(options, cuda_sources, torch_cuda, toolkit.home if toolkit else None) else None
 
 
 def make_extension(options: Options) -> tuple[Extension, str | None]:
@@ -315,12 +372,12 @@ def make_extension(options: Options) -> tuple[Extension, str | None]:
     import torch
 
     sources = source_files(ROOT)
-    home = find_cuda(options, [path for path in sources if path.suffix == ".cu"], torch.version.cuda)
-    cuda = home is not None
-    if cuda:
+    toolkit = find_cuda(options, [path for path in sources if path.suffix == ".cu"], torch.version.cuda)
+    cuda = toolkit is not None
+    if toolkit is not None:
         # Before cpp_extension is imported, which looks for the toolkit once; without a list it asks the live GPU.
-        os.environ["CUDA_HOME"] = str(home)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(supported_cuda_archs(options.cuda_archs, list_nvcc_archs(home)))
+        os.environ["CUDA_HOME"] = str(toolkit.home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(toolkit.archs)
     if options.max_jobs is not None:
         os.environ["MAX_JOBS"] = str(options.max_jobs)
     from torch.utils import cpp_extension
@@ -342,6 +399,11 @@ def make_extension(options: Options) -> tuple[Extension, str | None]:
     return extension, torch.version.cuda if cuda else None
 
 
+def cuda_choice(cuda: str | None) -> dict[str, Any]:
+    """The CUDA version and the GPU generations that are built for, as `supported_cuda_archs` left them."""
+    return {"cuda": cuda, "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"].split(";") if cuda else []}
+
+
 def make_stamp(version: str, cuda: str | None) -> dict[str, Any]:
     """What the loader reads before it opens the library."""
     import torch
@@ -351,9 +413,7 @@ def make_stamp(version: str, cuda: str | None) -> dict[str, Any]:
         "torch_min": TORCH_MIN,
         "torch_built": torch.__version__.split("+")[0],
         "machine": platform.machine(),
-        "cuda": cuda,
-        # What the build was given, after `supported_cuda_archs`.
-        "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"].split(";") if cuda else [],
+        **cuda_choice(cuda),
         "sources_sha256": sources_sha256(ROOT),
     }
 
@@ -365,6 +425,11 @@ def make_build_ext(options: Options, cuda: str | None) -> type:
 
     class BuildWithStamp(BuildExtension):
         def run(self) -> None:
+            # Without ninja dates of files are compared: a library built with another choice would count as up to date.
+            note, choice = Path(self.build_temp) / "cuda_choice.json", json.dumps(cuda_choice(cuda))
+            if not note.is_file() or note.read_text(encoding="utf-8") != choice:
+                self.force = True
+                note.unlink(missing_ok=True)
             try:
                 super().run()
             except (BaseError, OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -374,6 +439,8 @@ def make_build_ext(options: Options, cuda: str | None) -> type:
             stamp = make_stamp(self.distribution.get_version(), cuda)
             path = Path(self.get_ext_fullpath(NAME)).with_name("_C.json")
             path.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(choice, encoding="utf-8")
 
         def _forget_extension(self) -> None:
             """Turn the rest of the build into that of a pure Python package, down to the name of the wheel."""

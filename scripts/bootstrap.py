@@ -9,6 +9,9 @@ made in another folder or with another interpreter is made anew, because paths o
 |---|---|
 | ``MMVMAMBA_PYTHON`` | the interpreter ``.venv`` must have, instead of the present one or the first suitable on PATH |
 | ``MAX_JOBS`` | compilations at the same time; default: all cores, as far as memory allows |
+| ``MMVMAMBA_WITH_CUDA`` | as in setup.py; default: CUDA kernels for the GPUs of this machine, if they can be built |
+| ``TORCH_CUDA_ARCH_LIST`` | as in setup.py; default: the GPUs of this machine |
+| ``CUDA_HOME`` | as in setup.py; default: the toolkit of the nvcc on PATH |
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ NEED_GB = 12.0
 NEED_TEMP_GB = 4.0
 GB_PER_JOB = 2.0  # memory of one compilation of onedl-mmcv, rounded up
 STEPS = 6
+OLDEST_GPU = (8, 0)  # must agree with OLDEST_CUDA_ARCH of setup.py
+ASK_SECONDS = 30  # for nvidia-smi, which may hang with a broken driver, and nvcc
 UNEXPLAINED = "the command failed, see above"
 DEBIAN = "apt-get install python3 python3-venv python3-dev"
 
@@ -210,7 +215,7 @@ def wanted_state(identity: str) -> dict[str, str]:
         "folder": str(ROOT),
         "python": identity,
         "environment": hash_files([ROOT / "requirements" / "lock.txt"]),
-        "extension": hash_files([*csrc, *build]),
+        "extension": "{} {}".format(hash_files([*csrc, *build]), cuda_choice(os.environ)),
     }
 
 
@@ -275,8 +280,8 @@ def explain_failure(log: str) -> str:
     return UNEXPLAINED
 
 
-def run_logged(step: int, command: list[str], log: Path, extra_env: dict[str, str]) -> None:
-    """Run a command with its output in ``log``, printing a sign of life every half minute.
+def run_logged(step: int, command: list[str], log: Path, extra_env: dict[str, str]) -> str:
+    """Run a command with its output in ``log``, printing a sign of life every half minute; return the output.
 
     Raises:
         SetupError: The command failed; where the reason is not clear, the last lines of its output were printed.
@@ -307,6 +312,7 @@ def run_logged(step: int, command: list[str], log: Path, extra_env: dict[str, st
         if reason == UNEXPLAINED:
             print("\n".join(text.splitlines()[-15:]), file=sys.stderr)
         raise SetupError("step {} of {}: {} (log: {})".format(step, STEPS, reason, log))
+    return text
 
 
 def cuda_environment(torch_cuda: str) -> dict[str, str]:
@@ -328,17 +334,57 @@ def kernel_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Which CUDA kernels this checkout compiles: for the GPUs at hand, and none where there is no GPU to run them.
 
     A checkout is for the machine it is on; wheels are built for many GPUs by setup.py itself, which never asks one.
+    GPUs older than our kernels are left out; one newer than nvcc knows gets the newest code that nvcc can make.
     ``MMVMAMBA_WITH_CUDA`` or ``TORCH_CUDA_ARCH_LIST`` in the environment decide instead.
     """
     if environ.get("MMVMAMBA_WITH_CUDA", "").strip() or environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         return {}
     smi = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    found: list[str] = []
-    if smi is not None:
-        query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
-        answer = subprocess.run(query, stdout=subprocess.PIPE, universal_newlines=True, check=False)
-        found = sorted(set(re.findall(r"^(\d+\.\d)\s*$", answer.stdout, re.MULTILINE)))
-    return {"TORCH_CUDA_ARCH_LIST": ";".join(found)} if found else {"MMVMAMBA_WITH_CUDA": "0"}
+    answer = "" if smi is None else answer_of([smi, "--query-gpu=compute_cap", "--format=csv,noheader"])
+    gpus = {(int(a), int(b)) for a, b in re.findall(r"^(\d+)\.(\d)\s*$", answer, re.MULTILINE)}
+    gpus = {gpu for gpu in gpus if gpu >= OLDEST_GPU}
+    if not gpus:
+        return {"MMVMAMBA_WITH_CUDA": "0"}
+    nvcc = find_nvcc(environ)
+    listed = "" if nvcc is None else answer_of([nvcc, "--list-gpu-arch"])
+    known = [(int(a), int(b)) for a, b in re.findall(r"^compute_(\d+)(\d)\s*$", listed, re.MULTILINE)]
+    newest = max(known) if known else max(gpus)
+    archs = ["{}.{}".format(*gpu) for gpu in sorted(gpus) if gpu <= newest]
+    if max(gpus) > newest:  # the driver compiles the intermediate form for it
+        archs = [*(arch for arch in archs if arch != "{}.{}".format(*newest)), "{}.{}+PTX".format(*newest)]
+    return {"TORCH_CUDA_ARCH_LIST": ";".join(archs)}
+
+
+def answer_of(command: list[str]) -> str:
+    """What a command prints; nothing where it fails or hangs."""
+    try:
+        return subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            universal_newlines=True,
+            check=True,
+            timeout=ASK_SECONDS,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def find_nvcc(environ: Mapping[str, str]) -> str | None:
+    """The nvcc that setup.py will use, None where there is none."""
+    home = environ.get("CUDA_HOME", "").strip()
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else environ.get("PATH"))
+
+
+def cuda_choice(environ: Mapping[str, str]) -> str:
+    """What decides about the CUDA kernels, as a text: another one means another extension."""
+    variables = {name: environ.get(name, "").strip() for name in ("MMVMAMBA_WITH_CUDA", "TORCH_CUDA_ARCH_LIST")}
+    variables.update(kernel_environment(environ))
+    if variables["MMVMAMBA_WITH_CUDA"] == "0":
+        return "without CUDA"
+    # One installed after a set-up that found none counts.
+    variables["nvcc"] = find_nvcc(environ) or ""
+    return " ".join("{}={}".format(name, value) for name, value in sorted(variables.items()))
 
 
 def make_environment(venv: Path, interpreter: Interpreter, log: Path) -> None:
@@ -389,7 +435,9 @@ def install_package(venv: Path, log: Path) -> None:
     say(6, "compiling and installing mmvmamba")
     # Not left to pip, which compiles in a fresh folder each time: this one recompiles only what changed.
     build = {"MAX_JOBS": str(compile_jobs(os.environ)), **kernel_environment(os.environ), **path}
-    run_logged(6, [python, "setup.py", "build_ext", "--inplace"], log, build)
+    told = run_logged(6, [python, "setup.py", "build_ext", "--inplace"], log, build)
+    for line in re.findall(r"^mmvmamba: (building WITHOUT .*)$", told, re.MULTILINE):
+        say(6, line)
     editable = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     run_logged(6, editable, log, {"MMVMAMBA_BUILD": "0", **path})
 

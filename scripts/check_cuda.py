@@ -3,8 +3,8 @@
 Every ``csrc/cuda/**/*.cu`` is compiled for sm_80 and sm_90 with the flags of setup.py. Fails if
 
 * a file does not compile;
-* a scan2d kernel, forward or backward, of any type or variant spills registers, has a stack frame or touches local
-  memory;
+* a scan2d kernel, forward, backward or aggregate, of any type or variant spills registers, has a stack frame or
+  touches local memory;
 * the tile loop of the two kernels in `KERNELS` (bfloat16, the variant that runs at the model's figures) has more
   instructions per element-direction than its limit, or 15 % more than ``scripts/cuda_record.json`` says.
 
@@ -39,7 +39,7 @@ ARCHS = ("sm_80", "sm_90")
 JOBS = 2
 GROWTH = 0.15
 """An instruction count may exceed the record by this share."""
-HOT = re.compile(r"\bscan2d_(forward|backward)_kernel\b")
+HOT = re.compile(r"\bscan2d_(forward|backward|aggregate)_kernel\b")
 POSITIONS = 16
 """Positions of one turn of a tile loop."""
 
@@ -89,6 +89,13 @@ KERNELS = {
     ),
 }
 
+UNJUDGED = {
+    f"{direction} {what}": (rf"\bscan2d_{direction}_kernel<(\w+::)*(__nv_)?[Bb][Ff]loat16, {variant}>", channels)
+    for direction in ("forward", "backward")
+    for what, variant, channels in (("one channel per lane", "1, true, 1", 1), ("any rank", "2, true, 0", 2))
+}
+"""Further kernels that ``--all`` counts: the pattern of the name, and channels of a lane."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -109,12 +116,21 @@ class Resources:
 
 @dataclass(frozen=True)
 class Count:
-    """The tile loop of one kernel on one arch."""
+    """The tile loop of one kernel on one arch.
+
+    Attributes:
+        kernel: Which of `KERNELS`.
+        arch: Such as ``sm_90``.
+        opcodes: Instructions of one turn, those of the loops inside as often as declared.
+        per_element: All of them per element-direction.
+        once: The same with every instruction counted once, whatever loop inside it is in: nothing is declared there.
+    """
 
     kernel: str
     arch: str
     opcodes: Mapping[str, float]
     per_element: float
+    once: float = 0.0
 
 
 # --- compile -------------------------------------------------------------------------------------------------------
@@ -271,7 +287,7 @@ def count_tile_loop(key: str, arch: str, code: Sequence[sass.Instruction]) -> Co
         raise CheckError(
             f"{key} on {arch}: the tile loop has {hidden} calls, expected none: they hide work. Inline them."
         )
-    return Count(key, arch, opcodes, sass.total(opcodes) / turn)
+    return Count(key, arch, opcodes, sass.total(opcodes) / turn, len(loop.body) / turn)
 
 
 def count_problems(counts: Sequence[Count], record: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -318,14 +334,17 @@ _COLUMNS = ("MUFU", "LDS/STS", "LDG/STG", "HMMA", "SHFL", "BAR", "LDL/STL")
 def count_table(
     counts: Sequence[Count], resources: Mapping[tuple[str, str], Resources], record: Mapping[str, Mapping[str, float]]
 ) -> str:
-    """Return the table of the tile loops: instructions of one turn, and per element-direction."""
-    head = f"{'kernel':9} {'arch':6} {'regs':>5} {'turn':>6} {'per el-dir':>10} {'record':>7} {'limit':>6} "
+    """Return the table of the tile loops: instructions of one turn, and per element-direction.
+
+    The columns from ``record`` on belong to ``per el-dir``; ``once`` is the sum without the declared turns.
+    """
+    head = f"{'kernel':9} {'arch':6} {'regs':>5} {'turn':>6} {'per el-dir':>10} {'once':>6} {'record':>7} {'limit':>6} "
     lines = [head + " ".join(f"{column:>8}" for column in _COLUMNS)]
     for one in counts:
         limit, before = KERNELS[one.kernel].limits.get(one.arch), record.get(one.arch, {}).get(one.kernel)
         cells = [
             f"{one.kernel:9} {one.arch:6} {resources[one.arch, one.kernel].registers:5}",
-            f"{sass.total(one.opcodes):6.0f} {one.per_element:10.2f}",
+            f"{sass.total(one.opcodes):6.0f} {one.per_element:10.2f} {one.once:6.2f}",
             f"{'-' if before is None else format(before, '.2f'):>7} {'-' if limit is None else format(limit, 'g'):>6}",
             *(f"{sass.total(one.opcodes, *column.split('/')):8.0f}" for column in _COLUMNS),
         ]
@@ -345,14 +364,17 @@ def resource_table(everything: Sequence[Resources], names: Mapping[str, str]) ->
 # --- run -----------------------------------------------------------------------------------------------------------
 
 
-def compile_all(sources: Sequence[Path], home: Path, output: Path) -> tuple[list[Resources], dict[Path, Path], float]:
-    """Compile every file, `JOBS` at a time; return what ptxas reports, the objects by source, and the seconds.
+def compile_all(
+    sources: Sequence[Path], folder: Path, home: Path, output: Path
+) -> tuple[list[Resources], dict[Path, Path], float]:
+    """Compile every file of a folder, `JOBS` at a time; return what ptxas reports, the objects, and the seconds.
 
     Raises:
         CheckError: One does not compile.
     """
     flags = compiler_flags(load_setup(), home)
-    objects = {source: output / f"{source.stem}.o" for source in sources}
+    # Named by their place, so that two files of one name in two folders do not share an object.
+    objects = {source: output / source.relative_to(folder).with_suffix(".o") for source in sources}
     begin = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
         pending = [pool.submit(compile_one, home / "bin" / "nvcc", flags, *pair) for pair in objects.items()]
@@ -379,6 +401,8 @@ def examine(
         for path in objects:
             code |= disassemble(cuobjdump, path, arch)
         problems += local_memory_problems(arch, code, names)
+        if show_loops:
+            print("\n".join(count_unjudged(arch, code, names)))
         for key, kernel in KERNELS.items():
             found = [mangled for mangled in code if re.search(kernel.pattern, names.get(mangled, mangled))]
             if len(found) != 1:
@@ -391,6 +415,19 @@ def examine(
             except CheckError as error:
                 problems.append(str(error))
     return counts, problems
+
+
+def count_unjudged(arch: str, code: Mapping[str, Sequence[sass.Instruction]], names: Mapping[str, str]) -> list[str]:
+    """Return one line for each kernel of `UNJUDGED`: its tile loop with every instruction counted once."""
+    lines = []
+    for what, (pattern, channels) in UNJUDGED.items():
+        for mangled in (name for name in code if re.search(pattern, names.get(name, name))):
+            loop, inside = sass.tile_loop(code[mangled])
+            lines.append(
+                f"{what} on {arch}: {len(loop.body)} instructions, {len(loop.body) / (POSITIONS * channels):.2f} per "
+                f"element-direction, each of the {len(inside)} loops inside counted once"
+            )
+    return lines
 
 
 def print_loops(what: str, code: Sequence[sass.Instruction]) -> None:
@@ -422,7 +459,7 @@ def check(
         raise CheckError(
             f"found no .cu file under {folder}, expected the CUDA kernels. Run it in a complete source tree."
         )
-    everything, objects, seconds = compile_all(sources, home, output)
+    everything, objects, seconds = compile_all(sources, folder, home, output)
     print(f"compiled {len(sources)} CUDA files for {' and '.join(ARCHS)} in {seconds:.0f} s, {JOBS} at a time")
     cuobjdump = find_cuobjdump(home)
     names = demangle(sorted({one.name for one in everything}))
@@ -460,7 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--require-nvcc", action="store_true", help="fail where there is no nvcc, as CI does")
     parser.add_argument("--update", action="store_true", help="write the record")
     parser.add_argument("--record", type=Path, default=RECORD, help="file with the counts to compare with")
-    parser.add_argument("--all", action="store_true", help="print every kernel and every loop of the counted ones")
+    parser.add_argument("--all", action="store_true", help="print every kernel and loop, count more kernels")
     parser.add_argument("--sources", type=Path, default=ROOT / "csrc" / "cuda", help="folder with the .cu files")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "check_cuda", help="folder for the objects")
     options = parser.parse_args(arguments)

@@ -1,10 +1,11 @@
 """Everything that waits for a GPU, in one command that ends within nine minutes: ``python3 scripts/gpu_session.py``.
 
 For a bare machine that is lent for a short time and has no network: Python with PyTorch (CUDA), Triton, pytest and
-setuptools, and nvcc. It builds the extension for this GPU, runs the tests marked ``gpu``, the most telling first, then
-the benchmarks. Every step has its own time limit and is left out where too little time remains; one that fails does not
-stop the rest. Logs and results go to the folder ``$OUT`` (at most eight files; without it build/gpu_session), a short
-table is printed last, and the exit code is 0 only if every step was run and passed.
+setuptools, and nvcc. It builds the extension for this GPU, runs the tests marked ``gpu`` and the benchmarks, the most
+telling first: the CUDA kernels, then Triton's, then the rest. Every step has a time limit, to which it may add what
+earlier ones left over; one at its limit is interrupted first, so that pytest still prints what failed, and killed after
+that. One that fails does not stop the rest. Logs and results go to the folder ``$OUT`` (at most eight files; without it
+build/gpu_session), a short table is printed last, and the exit code is 0 only if every step was run and passed.
 
 The models need mmengine. Where the machine has none, fetch wheels beforehand with ``--fetch-wheels`` (they go to .whl)
 and take them along; they are unpacked to a temporary folder, not installed.
@@ -36,9 +37,20 @@ BUDGET = 540.0
 """Seconds for everything; what lends the machine ends a command after ten minutes."""
 LEAST = 10.0
 """A step is not begun with less time than this."""
+GRACE = 15.0
+"""Seconds for a step to end after it was interrupted."""
+STRETCH = 2.0
+"""A step gets at most so many times its limit where earlier ones left time over."""
 TAIL = 12
 FIRST_TESTS = ("operator", "determin", "isolat", "bad_input", "graph", "autocast", "train", "model", "leak", "sanitiz")
 """Words in the names of test files, the most telling first; files with none of them come last but one."""
+PARTS = {
+    "test_operators": (("compiled", "compiled or every_backend", 90.0), ("triton", "triton", 60.0),
+                       ("rest", "not compiled and not triton and not every_backend", 30.0)),
+    "test_sanitizer": (("memcheck", "memcheck and compiled", 40.0), ("rest", "not (memcheck and compiled)", 20.0)),
+    "test_models": (("all", "", 40.0),),
+}  # fmt: skip
+"""Steps of the test files: name, what pytest selects by (nothing: all), time limit."""
 MMENGINE = ("onedl-mmengine==0.10.12", "addict==2.4.0", "termcolor==3.3.0", "yapf==0.43.0", "platformdirs==4.14.5")
 """What the image of the lent machine lacks of the needs of mmvmamba.models."""
 
@@ -100,29 +112,42 @@ def plan(out: Path, wheels: bool) -> list[Step]:
     """
     python = ("python", "-m")
     build = (("TORCH_CUDA_ARCH_LIST", "9.0"), ("MMVMAMBA_WITH_CUDA", "1"), ("MAX_JOBS", str(os.cpu_count() or 1)))
-    steps = [Step("machine", ("nvidia-smi",), 20, ("python", "--version"))]
+    steps = [Step("machine", ("nvidia-smi",), 10, ("python", "--version"))]
     if wheels:
         options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site_folder()))
         unpack = (*python, "pip", "install", *options, *(str(path) for path in sorted(WHEELS.glob("*.whl"))))
-        steps.append(Step("wheels", unpack, 60, unpack))
-    steps.append(Step("build", ("python", "setup.py", "build_ext", "--inplace"), 240, None, build))
-    files = [str(path.relative_to(ROOT)) for path in test_files(ROOT / "tests")]
-    pytest = (*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=25")
-    limits = [150 if "sanitiz" in f else 90 for f in files]
-    collect = (*pytest[:4], "--collect-only", "-m", "gpu")
-    tests = [Step(Path(f).stem, (*pytest, f), limit, (*collect, f)) for f, limit in zip(files, limits, strict=True)]
+        steps.append(Step("wheels", unpack, 20, unpack))
+    steps.append(Step("build", ("python", "setup.py", "build_ext", "--inplace"), 110, None, build))
+    tests = {step.name: step for path in test_files(ROOT / "tests") for step in _tests(path)}
+    first, second, third = (tests.pop(f"test_{name}") for name in ("operators compiled", "sanitizer memcheck",
+                                                                   "operators triton"))  # fmt: skip
     models = ("--shapes", "224", "512", "800x1216", "--seconds", "0.3")
     core = ("--dtype", "bfloat16", "--boundaries", "core")
     rest = ("1536", "odd", "states", "sequence")
     return [
         *steps,
-        *tests[:2],
-        _bench("models_bfloat16", 90, out, *models, *core),
-        *tests[2:],
-        _bench("scan_bfloat16", 60, out, *models, "--dtype", "bfloat16", "--boundaries", "scan"),
-        _bench("rest_bfloat16", 60, out, "--shapes", *rest, "--seconds", "0.3", "--dtype", "bfloat16"),
-        _bench("models_float16_float32", 60, out, *models, "--dtype", "float16", "float32", "--boundaries", "core"),
+        first,
+        _bench("models_bfloat16", 60, out, *models, *core),
+        second,
+        third,
+        *(tests.pop(name) for name in list(tests) if "sanitizer" not in name),
+        _bench("scan_bfloat16", 20, out, *models, "--dtype", "bfloat16", "--boundaries", "scan"),
+        _bench("rest_bfloat16", 20, out, "--shapes", *rest, "--seconds", "0.3", "--dtype", "bfloat16"),
+        _bench("models_float16_float32", 20, out, *models, "--dtype", "float16", "float32", "--boundaries", "core"),
+        *tests.values(),
     ]
+
+
+def _tests(path: Path) -> list[Step]:
+    """Return the steps of a test file."""
+    pytest = ("python", "-m", "pytest")
+    steps = []
+    for part, selection, limit in PARTS.get(path.stem, (("all", "", 30.0),)):
+        chosen = ("-m", "gpu", *(("-k", selection) if selection else ()), str(path.relative_to(ROOT)))
+        # One line per test as it ends, so that the log says how far a step came that was killed.
+        real = (*pytest, "-v", "--tb=short", "-p", "no:cacheprovider", "--maxfail=25", *chosen)
+        steps.append(Step(f"{path.stem} {part}", real, limit, (*pytest, "-q", "--collect-only", *chosen)))
+    return steps
 
 
 def site_folder() -> Path:
@@ -163,13 +188,20 @@ def run(step: Step, command: Sequence[str], seconds: float, log: Path) -> Outcom
             result = "ok" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
             result = "timeout"
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the group it leads: compilers and workers end with it
-            process.wait()
+            end(process)
     text = log.read_bytes()[start:].decode(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     print("\n".join(lines[-TAIL:]), flush=True)
     return Outcome(step.name, result, time.monotonic() - begin, lines[-1] if lines else "")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process and the group it leads (compilers and workers), and kill what is left after `GRACE`."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
 def run_all(
@@ -177,7 +209,7 @@ def run_all(
 ) -> list[Outcome]:
     """Run the steps while time remains; return what became of each."""
     begin, outcomes = clock(), []
-    for step in steps:
+    for index, step in enumerate(steps):
         command = step.dry if dry else step.command
         print(f"\n===== {step.name} (at {clock() - begin:.0f} s, limit {step.seconds:.0f} s)", flush=True)
         print(f"$ {written(step, step.command)}", flush=True)
@@ -189,7 +221,9 @@ def run_all(
         else:
             if command != step.command:
                 print(f"without a GPU: $ {written(step, command)}", flush=True)
-            outcomes.append(run(step, command, min(step.seconds, left), out / "session.log"))
+            spare = left - sum(later.seconds for later in steps[index + 1 :])
+            seconds = min(left, max(step.seconds, min(spare, STRETCH * step.seconds)))
+            outcomes.append(run(step, command, seconds, out / "session.log"))
         (out / "summary.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
     return outcomes
 
@@ -233,6 +267,8 @@ def main(arguments: Sequence[str] | None = None, variables: Mapping[str, str] = 
     options = parser.parse_args(arguments)
     if options.fetch_wheels:
         return fetch_wheels()
+    # Where this was started in the background SIGINT is ignored, and so it would be in the steps.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = Path(variables.get("OUT") or ROOT / "build" / "gpu_session")
     out.mkdir(parents=True, exist_ok=True)
     if not options.dry_run and shutil.which("nvidia-smi") is None:

@@ -199,7 +199,8 @@ def choose_backend(
         name: A backend name, or None for the one set by `use_backend` or ``MMVMAMBA_BACKEND``, else the best one.
         device: Where the tensors are, e.g. ``"cpu"``.
         dtype: That of the tensors: float64 has no kernel on a GPU.
-        cpu_only: The operator has a compiled kernel for the CPU and no other; elsewhere PyTorch's own is good.
+        cpu_only: The operator has a compiled kernel for the CPU and no other; elsewhere PyTorch's own is good. A name
+            that cannot be had is refused only where it is the argument ``name``.
 
     Raises:
         ConfigError: The name is unknown.
@@ -209,6 +210,8 @@ def choose_backend(
     origin = "the argument backend"
     if name is None:
         name, origin = _default
+        if cpu_only and (name == "triton" or (name == "compiled" and device.type != "cpu")):
+            name = None  # said of the whole process, for the scans; this operator has one way to run here
     pinned = name is not None
     if name is None:
         name = _best(device, dtype, cpu_only)

@@ -1,7 +1,8 @@
 """What the dispatcher operators of all scans have in common: kernels of last resort, fakes, autograd, autocast.
 
 `declare` attaches the parts of one scan to its two operators, ``mmvmamba::<op>`` and ``mmvmamba::<op>_triton``. CUDA
-kernels attach themselves to the first from C++ and take precedence there over what is attached here.
+kernels attach themselves to the first from C++ and take precedence there over what is attached here, also on a GPU for
+which they have no code: `choose_backend` never goes there; a trace made elsewhere may, and raises CUDA's error.
 """
 
 from __future__ import annotations

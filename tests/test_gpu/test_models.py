@@ -15,9 +15,11 @@ pytestmark = pytest.mark.gpu
 
 CONFIG = Path(__file__).parents[2] / "configs/det/digits/mask-rcnn_vmamba-nano_fpn_digits.py"
 STEPS = 50
+NO_MMENGINE = "the models need mmengine: pip install 'mmvmamba[onedl]', or gpu_session.py --fetch-wheels before"
 
 
 def test_features_are_those_of_the_cpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mmengine", reason=NO_MMENGINE)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for have, want in zip(gpu_checks.features("cuda", backend), gpu_checks.features("cpu", None), strict=True):
@@ -26,6 +28,7 @@ def test_features_are_those_of_the_cpu(backend: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("dtype", gpu_checks.LOW, ids=str)
 def test_backbone_trains_under_autocast(dtype: torch.dtype) -> None:
+    pytest.importorskip("mmengine", reason=NO_MMENGINE)
     losses = gpu_checks.losses_of_training("cuda", dtype, STEPS)
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0]

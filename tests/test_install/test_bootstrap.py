@@ -107,23 +107,79 @@ def test_jobs_follow_the_variable(bootstrap):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "wanted"),
+    ("capabilities", "listed", "wanted"),
     [
-        (None, {"MMVMAMBA_WITH_CUDA": "0"}),
-        ("", {"MMVMAMBA_WITH_CUDA": "0"}),
-        ("No devices were found", {"MMVMAMBA_WITH_CUDA": "0"}),
-        ("9.0\n9.0\n8.6", {"TORCH_CUDA_ARCH_LIST": "8.6;9.0"}),
+        (None, "90", {"MMVMAMBA_WITH_CUDA": "0"}),
+        ("", "90", {"MMVMAMBA_WITH_CUDA": "0"}),
+        ("No devices were found", "90", {"MMVMAMBA_WITH_CUDA": "0"}),
+        ("9.0 9.0 8.6", "80 86 90", {"TORCH_CUDA_ARCH_LIST": "8.6;9.0"}),
+        ("10.0 9.0", "90 100", {"TORCH_CUDA_ARCH_LIST": "9.0;10.0"}),
+        ("7.5 6.1", "75 80", {"MMVMAMBA_WITH_CUDA": "0"}),
+        ("7.5 8.9", "75 80 89", {"TORCH_CUDA_ARCH_LIST": "8.9"}),
+        ("12.0", "80 90 100", {"TORCH_CUDA_ARCH_LIST": "10.0+PTX"}),
+        ("8.0 9.0 12.0", "80 90", {"TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}),
+        ("9.0 12.0", None, {"TORCH_CUDA_ARCH_LIST": "9.0;12.0"}),
     ],
 )
-def test_cuda_kernels_are_those_of_the_gpus_at_hand(bootstrap, tmp_path, capabilities, wanted):
+def test_cuda_kernels_are_those_of_the_gpus_at_hand(bootstrap, tmp_path, capabilities, listed, wanted):
+    def says(name: str, lines: list[str]) -> None:
+        write_command(tmp_path, name, "".join(f"echo {line}\n" for line in lines))
+
     if capabilities is not None:
-        smi = tmp_path / "nvidia-smi"
-        smi.write_text(f"#!/bin/sh\nprintf '{capabilities}\\n'\n")
-        smi.chmod(0o755)
+        says("nvidia-smi", [capabilities] if "found" in capabilities else capabilities.split())
+    if listed is not None:
+        says("nvcc", [f"compute_{number}" for number in listed.split()])
     environ = {"PATH": str(tmp_path)}
     assert bootstrap.kernel_environment(environ) == wanted
     assert bootstrap.kernel_environment(environ | {"MMVMAMBA_WITH_CUDA": "1"}) == {}
     assert bootstrap.kernel_environment(environ | {"TORCH_CUDA_ARCH_LIST": "8.0"}) == {}
+
+
+def test_an_nvidia_smi_that_hangs_or_fails_means_no_gpu(bootstrap, tmp_path, monkeypatch):
+    monkeypatch.setattr(bootstrap, "ASK_SECONDS", 0.2)
+    for text in ("exec /bin/sleep 5\n", "echo 9.0; exit 9\n"):
+        write_command(tmp_path, "nvidia-smi", text)
+        assert bootstrap.kernel_environment({"PATH": str(tmp_path)}) == {"MMVMAMBA_WITH_CUDA": "0"}
+
+
+def test_the_oldest_gpu_is_that_of_setup_py(bootstrap, setup_py):
+    assert ".".join(map(str, bootstrap.OLDEST_GPU)) == str(setup_py.OLDEST_CUDA_ARCH)
+
+
+def test_another_choice_of_cuda_kernels_makes_another_extension(bootstrap, checkout, calls, tmp_path, monkeypatch):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", f"{tools}:/bin")
+    monkeypatch.delenv("MMVMAMBA_WITH_CUDA", raising=False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+
+    def taken() -> list[str]:
+        calls.clear()
+        bootstrap.set_up(checkout / ".venv")
+        first = list(calls)
+        bootstrap.set_up(checkout / ".venv")
+        assert calls == first  # the second time nothing
+        return first
+
+    taken()
+    write_command(tools, "nvcc", "echo compute_90\n")  # of no use without a GPU
+    assert taken() == []
+    write_command(tools, "nvidia-smi", "echo 9.0\n")
+    assert taken() == ["extension"]
+    (tools / "nvcc").unlink()
+    assert taken() == ["extension"]
+    for name, value in (("TORCH_CUDA_ARCH_LIST", "8.0"), ("MMVMAMBA_WITH_CUDA", "1"), ("MMVMAMBA_WITH_CUDA", "0")):
+        monkeypatch.setenv(name, value)
+        assert taken() == ["extension"]
+
+
+def test_missing_cuda_kernels_are_told_on_the_screen(bootstrap, tmp_path, monkeypatch, capfd):
+    line = "mmvmamba: building WITHOUT the CUDA kernels: the nvcc in /cuda is that of CUDA 12"
+    write_command(tmp_path / "bin", "python", f'[ "$1" != setup.py ] || echo "noise\n{line}\nnoise"\n')
+    bootstrap.install_package(tmp_path, tmp_path / "log")
+    said = capfd.readouterr().out
+    assert f"[setup 6/6] {line.removeprefix('mmvmamba: ')}\n" in said and "noise" not in said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,12 @@ def test_the_sdist_can_be_built_and_tested(archives, root):
 def test_no_binary_reaches_an_archive(archives):
     for names in archives:
         assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc", "_C.json"))]
+
+
+def test_the_check_of_the_wheel_leaves_out_what_needs_the_source_tree(root):
+    """It copies tests/*.py and tests/test_ops away; what reaches further would fail there."""
+    script = (root / "scripts" / "check_wheel.sh").read_text()
+    left_out = set(re.search(r'needs_source_tree="(.*)"', script)[1].split())
+    reaching = re.compile(r"parents\[[2-9]\]|cuda_emulation|\bconfigs/")
+    found = {path.name for path in (root / "tests" / "test_ops").glob("test_*.py") if reaching.search(path.read_text())}
+    assert found == left_out

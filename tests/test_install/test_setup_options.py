@@ -21,6 +21,20 @@ def write_command(folder: Path, name: str, text: str) -> Path:
     return path
 
 
+def fake_nvcc(home: Path, release: str = "13.0", compiles: str = "exit 0") -> None:
+    """A toolkit whose nvcc knows 8.0 to 9.0 and compiles by the last command."""
+    write_command(
+        home / "bin",
+        "nvcc",
+        f"""case "$1" in
+--version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
+--list-gpu-arch) printf 'compute_80\\ncompute_86\\ncompute_89\\ncompute_90\\n' ;;
+*) {compiles} ;;
+esac
+""",
+    )
+
+
 def test_defaults(setup_py):
     options = setup_py.read_options({})
     assert (options.build, options.cuda, options.max_jobs, options.debug) == ("auto", "auto", None, False)
@@ -115,8 +129,71 @@ def test_a_cuda_home_without_a_toolkit_costs_only_the_cuda_kernels(setup_py, tmp
     for quiet, files in (({"MMVMAMBA_WITH_CUDA": "0"}, sources), ({}, [])):
         assert setup_py.find_cuda(setup_py.read_options(quiet), files, "13.0") is None
     assert capsys.readouterr().err == ""
-    write_command(tmp_path / "bin", "nvcc", "exit 0\n")
-    assert setup_py.find_cuda(setup_py.read_options({}), sources, "13.0") == tmp_path
+    fake_nvcc(tmp_path)
+    assert setup_py.find_cuda(setup_py.read_options({}), sources, "13.0").home == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "archs", "message"),
+    [
+        ({"release": "12.4"}, "", "is that of CUDA 12 and PyTorch is built for CUDA 13.0: use a toolkit of CUDA 13"),
+        ({"release": "none"}, "", "does not say its release and PyTorch is built for CUDA 13.0"),
+        ({"compiles": "echo note; echo \"nvcc fatal   : Unsupported gpu architecture 'compute_120'\"; exit 1"},
+         "9.0;12.0", "cannot compile for 9.0, 12.0 .*Unsupported gpu architecture 'compute_120'"),
+        ({"compiles": "echo 'host_config.h: error: #error -- unsupported GNU version!' >&2; exit 2"},
+         "", "cannot compile for 8.0, 8.6, 8.9, 9.0.PTX .*unsupported GNU version"),
+        ({"compiles": "exit 3"}, "Hopper", "cannot compile for Hopper .it says nothing"),
+        ({}, "7.5;9.0", "'7.5' is older: leave it out"),
+        ({}, "sm_90", "'sm_90' is not a GPU generation"),
+    ],
+    ids=["older-cuda", "no-release", "new-gpu", "new-compiler", "broken", "old-gpu", "typo"],
+)  # fmt: skip
+def test_a_toolkit_that_does_not_fit_costs_only_the_cuda_kernels(
+    setup_py, tmp_path, monkeypatch, capsys, nvcc, archs, message
+):
+    fake_nvcc(tmp_path, **nvcc)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    sources, env = [Path("csrc/cuda/a.cu")], {"TORCH_CUDA_ARCH_LIST": archs}
+    assert setup_py.find_cuda(setup_py.read_options(env), sources, "13.0") is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"mmvmamba: building WITHOUT the CUDA kernels: .*{message}", line)
+    with pytest.raises(setup_py.OptionError, match=message):
+        setup_py.find_cuda(setup_py.read_options(env | {"MMVMAMBA_WITH_CUDA": "1"}), sources, "13.0")
+    never = setup_py.read_options(env | {"MMVMAMBA_WITH_CUDA": "0"})
+    assert setup_py.find_cuda(never, sources, "13.0") is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_toolkit_is_tried_with_what_it_will_compile_for(setup_py, tmp_path):
+    fake_nvcc(tmp_path, compiles=f'echo "$@" > {tmp_path}/said')
+    options = setup_py.read_options({"TORCH_CUDA_ARCH_LIST": "8.0;9.0a+PTX;Hopper"})
+    assert setup_py.use_toolkit(tmp_path, options, "13.1") == setup_py.Toolkit(tmp_path, ("8.0", "9.0a+PTX", "Hopper"))
+    said = (tmp_path / "said").read_text()
+    assert re.findall(r"-gencode=(\S+)", said) == ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"]
+    defaults = setup_py.use_toolkit(tmp_path, setup_py.read_options({}), "13.0")
+    assert defaults.archs == ("8.0", "8.6", "8.9", "9.0+PTX")
+
+
+def test_a_library_built_with_another_choice_is_built_again(setup_py, tmp_path, monkeypatch):
+    from setuptools import Distribution
+    from torch.utils.cpp_extension import BuildExtension
+
+    forced: list[bool] = []
+    monkeypatch.setattr(BuildExtension, "run", lambda self: forced.append(bool(self.force)))
+    monkeypatch.setattr(setup_py, "make_stamp", lambda *args: {})
+
+    def build(cuda: str | None, archs: str) -> bool:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+        kind = setup_py.make_build_ext(setup_py.read_options({}), cuda)
+        command = kind.with_options(use_ninja=False)(Distribution())  # with ninja PyTorch always forces it
+        command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+        command.ensure_finalized()
+        (tmp_path / "lib" / "mmvmamba").mkdir(parents=True, exist_ok=True)
+        command.run()
+        return forced.pop()
+
+    assert [build(None, ""), build(None, "9.0"), build("13.0", "9.0")] == [True, False, True]
+    assert [build("13.0", "9.0"), build("13.0", "8.0;9.0"), build(None, "")] == [False, True, True]
 
 
 def test_no_nvcc_is_no_toolkit(setup_py, tmp_path):

@@ -125,6 +125,25 @@ def test_an_operator_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             backends.choose_backend(name, CUDA, cpu_only=True)
 
 
+@pytest.mark.parametrize("build", ["ok", "cpu_only"])
+@pytest.mark.parametrize("origin", ["use_backend", "the environment variable MMVMAMBA_BACKEND"])
+def test_a_wish_for_the_whole_process_does_not_stop_such_an_operator(
+    monkeypatch: pytest.MonkeyPatch, build: str, origin: str
+) -> None:
+    """It is meant for the scans; PyTorch's own convolution runs beside whatever kernels they have."""
+    fake(monkeypatch, build, triton=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("compiled", "triton", "reference"):
+            monkeypatch.setattr(backends, "_default", backends._Default(name, origin))
+            assert backends.choose_backend(None, CUDA, cpu_only=True) == ("reference", name == "reference")
+            on_cpu = "reference" if name == "reference" else "compiled"
+            assert backends.choose_backend(None, "cpu", cpu_only=True).name == on_cpu
+        monkeypatch.setattr(backends, "_default", backends._Default("cudda", origin))
+        with pytest.raises(ConfigError, match=f"unknown backend 'cudda' in {origin}"):
+            backends.choose_backend(None, CUDA, cpu_only=True)
+
+
 def test_the_interpreter_runs_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "missing", triton=True)
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):

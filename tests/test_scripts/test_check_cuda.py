@@ -52,6 +52,7 @@ def test_a_loop_that_spills_shows_its_local_memory(arch: str) -> None:
     assert sass.total(counts, "LDL", "STL") > 100
     found = check_cuda.local_memory_problems(arch, {"f": code}, {"f": "scan2d_backward_kernel<x>"})
     assert len(found) == 1 and "LDL or STL instructions, expected none" in found[0]
+    assert len(check_cuda.local_memory_problems(arch, {"f": code}, {"f": "scan2d_aggregate_kernel<x>"})) == 1
     assert check_cuda.local_memory_problems(arch, {"f": code}, {"f": "another_kernel<x>"}) == []
 
 
@@ -136,6 +137,34 @@ def test_loops_inside_count_as_often_as_declared() -> None:
     }  # fmt: skip
 
 
+def test_the_plain_sum_counts_every_loop_inside_once(monkeypatch) -> None:
+    code = code_of(
+        "MOV R1, R2", *["MUFU.EX2 R2, R3"] * 32, "FFMA R1, R2, R3, R4", "@P1 BRA 0x210", "@P0 BRA 0x10", "EXIT"
+    )
+    six = sass.InnerLoop("six", ("FFMA",), 6.0)
+    monkeypatch.setitem(check_cuda.KERNELS, "forward", check_cuda.Kernel("x", 2, {}, (six,)))
+    found = check_cuda.count_tile_loop("forward", "sm_90", code)
+    assert (found.per_element, found.once) == ((32 + 2 * 6 + 1) / 32, (32 + 2 + 1) / 32)
+    resources = {("sm_90", "forward"): check_cuda.Resources("f", "sm_90", 99, 0, 0, 0)}
+    head, row = check_cuda.count_table([found], resources, {}).splitlines()
+    assert dict(zip(head.replace("per el-dir", "per").split(), row.split(), strict=True))["once"] == "1.09"
+    names = {"f": "void mmvmamba::scan2d_forward_kernel<mmvmamba::BFloat16, 1, true, 1>(mmvmamba::ScanArgs)"}
+    assert check_cuda.count_unjudged("sm_90", {"f": code, "g": code}, names) == [
+        "forward one channel per lane on sm_90: 35 instructions, 2.19 per element-direction, each of the 1 loops "
+        "inside counted once"
+    ]
+
+
+def test_files_of_one_name_have_objects_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    targets: list[Path] = []
+    monkeypatch.setattr(check_cuda, "compiler_flags", lambda *_: [])
+    monkeypatch.setattr(check_cuda, "compile_one", lambda nvcc, flags, source, target: targets.append(target) or PTXAS)
+    sources = [tmp_path / "src" / place for place in ("scan.cu", "forward/scan.cu")]
+    everything, objects, _ = check_cuda.compile_all(sources, tmp_path / "src", tmp_path, tmp_path / "out")
+    assert sorted(targets) == sorted(objects.values()) == [tmp_path / "out/forward/scan.o", tmp_path / "out/scan.o"]
+    assert len(everything) == 4
+
+
 def test_code_without_exponentials_has_no_tile_loop() -> None:
     with pytest.raises(sass.SassError, match="found no loop with MUFU.EX2 among 1 loops"):
         sass.tile_loop(code_of("FADD R1, R2, R3", "@P0 BRA 0x0", "MUFU.EX2 R2, R3", "EXIT"))
@@ -173,6 +202,7 @@ def test_the_report_of_ptxas_is_read() -> None:
         [f, g], {"_Z1fv": "void scan2d_forward_kernel<a>()", "_Z1gv": "scan2d_backward_kernel<b>"}
     )
     assert len(hot) == 1 and "scan2d_backward_kernel<b> on sm_90: 272 bytes stack frame, 24 bytes spill" in hot[0]
+    assert len(check_cuda.resource_problems([g], {"_Z1gv": "void scan2d_aggregate_kernel<a>()"})) == 1
     assert check_cuda.resource_problems([g], {"_Z1gv": "a_kernel"}) == []
     with pytest.raises(check_cuda.CheckError, match="in a form that is not known"):
         check_cuda.parse_ptxas("ptxas info : Compiling entry function '_Z1fv' for 'sm_80'\nsomething else\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -32,12 +34,50 @@ def test_steps_that_fail_or_hang_do_not_stop_the_rest(tmp_path: Path, capsys: py
     assert [(o.name, o.result) for o in outcomes] == [
         ("good", "ok"), ("bad", "failed"), ("hangs", "timeout"), ("absent", "failed"), ("variables", "ok"),
     ]  # fmt: skip
-    assert [o.last_line for o in outcomes[:3]] == ["two", "why", "begin"] and outcomes[4].last_line == "42"
+    assert [o.last_line for o in outcomes[:3]] == ["two", "why", "KeyboardInterrupt"] and outcomes[4].last_line == "42"
     assert [o["result"] for o in json.loads((tmp_path / "summary.json").read_text())] == [o.result for o in outcomes]
     log = (tmp_path / "session.log").read_text()
     assert "===== variables: ANSWER=42 python -c" in log and "one\ntwo" in log
     assert gpu_session.table(outcomes).count("\n") == 4
     assert "$ ANSWER=42 python -c" in capsys.readouterr().out
+
+
+def test_a_step_at_its_limit_is_interrupted_before_it_is_killed(tmp_path: Path, monkeypatch) -> None:
+    """Pytest prints its failures on the first; what ignores it, or started something, is killed with all of it."""
+    (tmp_path / "test_it.py").write_text("import time\ndef test_a(): assert 1 == 2\ndef test_b(): time.sleep(60)\n")
+    stubborn = ("import signal, subprocess, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+                "print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)")  # fmt: skip
+    steps = [
+        Step("pytest", ("python", "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path / "test_it.py")), 4),
+        Step("stubborn", python(stubborn), 0.5),
+    ]
+    monkeypatch.setattr(gpu_session, "GRACE", 10.0)
+    (first,) = gpu_session.run_all(steps[:1], tmp_path, False, 100.0)
+    log = (tmp_path / "session.log").read_text()
+    assert first.result == "timeout" and "assert 1 == 2" in log and "KeyboardInterrupt" in log
+    monkeypatch.setattr(gpu_session, "GRACE", 0.5)
+    (second,) = gpu_session.run_all(steps[1:], tmp_path, False, 100.0)
+    assert second.result == "timeout" and second.seconds < 10
+    child = Path(f"/proc/{int(second.last_line)}/stat")
+    for _ in range(100):
+        if not child.exists() or child.read_text().split()[2] in "ZX":
+            break
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().split()[2] in "ZX"
+
+
+def test_a_step_gets_what_earlier_ones_left_over(tmp_path: Path, monkeypatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(
+        gpu_session, "run", lambda step, command, seconds, log: given.append(seconds) or Outcome(step.name, "ok", 0, "")
+    )
+    steps = [Step(name, python("pass"), seconds) for name, seconds in (("a", 30), ("b", 40), ("c", 20))]
+    now = iter([0.0, 0.0, 0.0, 35.0, 35.0, 95.0, 95.0])
+    gpu_session.run_all(steps, tmp_path, False, 110.0, clock=lambda: next(now))
+    assert given == [50.0, 55.0, 15.0]  # all but the later limits; the same; what is left
+    now = iter([0.0, 0.0, 0.0])
+    gpu_session.run_all(steps[:1], tmp_path, False, 110.0, clock=lambda: next(now))
+    assert given[3:] == [60.0]  # twice its limit at most
 
 
 def test_a_step_ends_with_the_budget_and_none_begins_after_it(tmp_path: Path) -> None:
@@ -49,12 +89,14 @@ def test_a_step_ends_with_the_budget_and_none_begins_after_it(tmp_path: Path) ->
 
 
 def test_the_whole_plan_fits_the_lease(tmp_path: Path) -> None:
-    steps = gpu_session.plan(tmp_path, wheels=False)
+    steps = gpu_session.plan(tmp_path, wheels=True)
     names = [step.name for step in steps]
-    assert names[:2] == ["machine", "build"] and len(set(names)) == len(names)
-    assert any(name.startswith("test_") for name in names)
-    # What is most telling has its full time even if everything before it takes as long as it may.
-    assert sum(step.seconds for step in steps[: names.index("bench models_bfloat16") + 1]) <= gpu_session.BUDGET
+    assert names[:4] == ["machine", "wheels", "build", "test_operators compiled"] and len(set(names)) == len(names)
+    telling = ["bench models_bfloat16", "test_sanitizer memcheck", "test_operators triton"]
+    assert names[4:7] == telling
+    assert sum(step.seconds for step in steps) <= gpu_session.BUDGET
+    assert all(step.seconds >= gpu_session.LEAST for step in steps)
+    assert [s.name for s in gpu_session.plan(tmp_path, wheels=False)] == [n for n in names if n != "wheels"]
     assert len([n for n in names if n.startswith("bench")]) + 2 <= 8  # files that come back from the machine
     (build,) = (step for step in steps if step.name == "build")
     assert dict(build.environment)["TORCH_CUDA_ARCH_LIST"] == "9.0" and build.dry is None
@@ -71,6 +113,23 @@ def test_every_gpu_test_file_has_a_step_and_operators_come_first(tmp_path: Path)
     mark = re.compile(r"^(pytestmark = .*|@)pytest\.mark\.gpu\b", re.MULTILINE)
     marked = {path for path in (ROOT / "tests").rglob("*.py") if mark.search(path.read_text())}
     assert marked and marked <= set(gpu_session.test_files(ROOT / "tests"))
+    named = {word for step in gpu_session.plan(tmp_path, wheels=False) for word in step.command}
+    assert {str(path.relative_to(ROOT)) for path in marked} <= named
+    assert set(gpu_session.PARTS) <= {path.stem for path in marked}
+
+
+def test_the_parts_of_a_file_are_all_of_it(tmp_path: Path) -> None:
+    """Each test is in one step exactly; asked of pytest, which only collects here."""
+    for stem, parts in gpu_session.PARTS.items():
+        (file,) = (path for path in gpu_session.test_files(ROOT / "tests") if path.stem == stem)
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu"]
+
+        def collected(*arguments: str, command=command, file=file) -> list[str]:
+            done = subprocess.run([*command, *arguments, str(file)], cwd=ROOT, capture_output=True, text=True)
+            return [line for line in done.stdout.splitlines() if "::" in line]
+
+        found = [name for _, selection, _ in parts for name in collected(*(["-k", selection] if selection else []))]
+        assert found and sorted(found) == sorted(collected())
 
 
 def test_a_dry_run_of_two_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
