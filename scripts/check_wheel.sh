@@ -15,7 +15,7 @@ build_python=${BUILD_PYTHON:-.venv/bin/python}
 test_python=${2:-$build_python}
 export MMVMAMBA_WITH_CUDA=${MMVMAMBA_WITH_CUDA:-0}
 # Tests that need csrc, configs or models, which a wheel alone has not.
-needs_source_tree="test_cuda_emulated.py test_cuda_emulator.py test_cuda_plan.py test_dispatch_gpu_checks.py"
+needs_source_tree="test_cuda_emulated.py test_cuda_emulator.py test_cuda_plan.py test_dispatch_gpu_checks.py test_triton_compile.py test_triton_interpreter.py"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
