@@ -1,14 +1,15 @@
 """Everything that waits for a GPU, in one command that ends within nine minutes: ``python3 scripts/gpu_session.py``.
 
 For a bare machine that is lent for a short time and has no network: Python with PyTorch (CUDA), Triton, pytest and
-setuptools, and nvcc. It builds the extension for this GPU, runs the tests marked ``gpu`` and the benchmarks, the most
+setuptools, and nvcc. It builds the extension for GPUs of generation 9.0 (H100, H200; another ``TORCH_CUDA_ARCH_LIST``
+in the environment is used instead), runs the tests marked ``gpu`` and the benchmarks, the most
 telling first: the CUDA kernels, then Triton's, then the rest. Every step has a time limit, to which it may add what
 earlier ones left over; one at its limit is interrupted first, so that pytest still prints what failed, and killed after
 that. One that fails does not stop the rest. Logs and results go to the folder ``$OUT`` (at most eight files; without it
 build/gpu_session), a short table is printed last, and the exit code is 0 only if every step was run and passed.
 
-The models need mmengine. Where the machine has none, fetch wheels beforehand with ``--fetch-wheels`` (they go to .whl)
-and take them along; they are unpacked to a temporary folder, not installed.
+The models need mmengine. Where the machine has none, fetch wheels for Python 3.12 on x86-64 beforehand with
+``--fetch-wheels`` (they go to .whl) and take them along; they are unpacked to a temporary folder, not installed.
 
 ``--dry-run`` prints the commands and runs what shows something without a GPU: the tests are collected, the benchmarks
 run on the CPU with tiny shapes.
@@ -111,7 +112,11 @@ def plan(out: Path, wheels: bool) -> list[Step]:
         wheels: Whether there are wheels to unpack.
     """
     python = ("python", "-m")
-    build = (("TORCH_CUDA_ARCH_LIST", "9.0"), ("MMVMAMBA_WITH_CUDA", "1"), ("MAX_JOBS", str(os.cpu_count() or 1)))
+    build = (
+        ("TORCH_CUDA_ARCH_LIST", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "9.0"),
+        ("MMVMAMBA_WITH_CUDA", "1"),
+        ("MAX_JOBS", str(os.cpu_count() or 1)),
+    )
     steps = [Step("machine", ("nvidia-smi",), 10, ("python", "--version"))]
     if wheels:
         options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site_folder()))

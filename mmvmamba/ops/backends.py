@@ -26,6 +26,8 @@ BACKENDS = ("compiled", "triton", "reference")
 run; ``reference``: plain PyTorch."""
 
 REBUILD_WITH_CUDA = "pip install --no-build-isolation .' in the source tree (needs nvcc and a PyTorch built for CUDA)"
+OLDEST_CAPABILITY = (8, 0)
+"""The GPU generation whose instructions the CUDA kernels use; that of ``setup.py``."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def why_not_compiled(device: str | torch.device) -> str | None:
     capability = device_capability(device.index)
     if capability is None:
         return "PyTorch finds no GPU on this machine"
+    if capability < OLDEST_CAPABILITY:
+        found, oldest = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
+        return (
+            f"the CUDA kernels need a GPU of generation {oldest} or newer and this one is {found}: use another backend"
+        )
     if not covers(extension.CUDA_ARCHS, capability):
         gpu = ".".join(map(str, capability))
         archs = ";".join((*extension.CUDA_ARCHS, gpu))
