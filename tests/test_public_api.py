@@ -117,8 +117,17 @@ def test_imports_go_one_way(part):
             if words[0] == "mmvmamba":
                 target = words[1] if len(words) > 1 and words[1] in parts else part
                 assert target == part or target in LAYERS[part], f"{path.relative_to(ROOT)} imports {name}"
+            elif words[0] == "triton" and path.name.startswith("triton_"):
+                pass  # the kernels themselves, imported when the first of them runs: see below
             elif words[0] not in sys.stdlib_module_names:
                 assert words[0] in THIRD_PARTY[part], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_triton_is_imported_only_by_its_kernels():
+    """It takes a second, and need not be there at all."""
+    code = "import sys, mmvmamba, mmvmamba.ops; mmvmamba.ops.available_backends(); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_nothing_in_the_package_imports_the_tools():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmvmamba.ops import triton_launch
 from mmvmamba.ops.scan2d import triton_kernels as scan2d_triton
-from mmvmamba.ops.scan2d.compiled import routes_as_permutation
+from mmvmamba.ops.scan2d.operator import routes_as_permutation
 from mmvmamba.ops.scan2d.reference import scan2d_backward_reference, scan2d_reference
 from mmvmamba.ops.selective_scan import triton_kernels as selective_scan_triton
 from mmvmamba.ops.selective_scan.reference import selective_scan_backward_reference, selective_scan_reference
