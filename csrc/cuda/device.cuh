@@ -38,13 +38,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// log2(x) for x in [1, 2]: absolute error 2^-22.
-__device__ __forceinline__ float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // a b + c in one instruction, where the compiler would take it apart into the steps of an index.
 __device__ __forceinline__ int64_t multiply_add_wide(int a, int b, int64_t c) {
   int64_t y;
