@@ -37,6 +37,38 @@ class CheckpointMismatch(CheckpointError):
     """The entries of a checkpoint are not those of the model."""
 
 
+class UnsafeCheckpoint(CheckpointError):
+    """A checkpoint could run code of its author, or is of a kind that can; nothing of it was run."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A checkpoint is cut off, damaged or no checkpoint at all."""
+
+
+class HashMismatch(CheckpointError):
+    """A file is not the one that its manifest or the caller describes."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; the earlier ones are as they were."""
+
+
+class NonFiniteLossError(MMVMambaError, FloatingPointError):
+    """A loss or a gradient is NaN or infinite; the weights are those of the last good step."""
+
+
+class TrainingInterrupted(MMVMambaError):
+    """A signal ended the training after a checkpoint was written.
+
+    Attributes:
+        signal_number: The signal; a command line ends with 128 plus this number, as a shell would report it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def nearest_spelling(name: object, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``choices``, or an empty string.
 

@@ -13,18 +13,20 @@ PACKAGE = ROOT / "mmvmamba"
 #: Part of the package -> the parts it may import (top-level modules without a part are free for all).
 LAYERS = {
     "ops": set(),
-    "models": {"ops"},
-    "engine": {"ops", "models"},
-    "converters": {"ops", "models"},
+    "checkpoints": set(),
+    "models": {"ops", "checkpoints"},
+    "converters": {"ops", "checkpoints", "models"},
+    "engine": {"ops", "checkpoints", "models", "converters"},
     "datasets": {"ops", "models"},
     "analysis": {"ops", "models"},
-    "apis": {"ops", "models", "engine", "converters", "datasets", "analysis"},
+    "apis": {"ops", "checkpoints", "models", "engine", "converters", "datasets", "analysis"},
 }
 #: Part -> third-party packages it may import at module level.
 THIRD_PARTY = {
     "ops": {"torch"},
     "models": {"torch", "mmengine"},
-    "engine": {"torch", "mmengine"},
+    "checkpoints": {"torch", "safetensors"},
+    "engine": {"torch", "mmengine", "numpy"},
     "converters": {"torch"},
     "datasets": {"numpy", "cv2"},
     "analysis": {"numpy", "cv2", "mmengine"},
