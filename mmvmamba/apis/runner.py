@@ -18,6 +18,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from mmvmamba.apis.guards import install_guards
 from mmvmamba.errors import CheckpointError, ConfigError
 
 SCOPES = ("mmdet", "mmseg", "mmpretrain")
@@ -200,8 +201,12 @@ def prepare_testing(
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner the config asks for."""
-    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    """Build the runner the config asks for, with the hooks that keep weights and checkpoints safe."""
+    notes = install_guards(cfg)
+    runner: Runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    for note in notes:
+        runner.logger.info(note)
+    return runner
 
 
 def _draw_predictions(cfg: Config, show_dir: str) -> None:

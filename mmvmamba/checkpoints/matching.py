@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmvmamba.checkpoints.official import describe
+from mmvmamba.checkpoints.official import recognise
 from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
 
 _NAMES_SHOWN = 10
@@ -154,9 +154,17 @@ def check(
     """
     own, converted = _as_loaded(module, stored, source)
     if what is None:
-        known, name = describe(own), type(unwrapped(module)).__name__
-        what = f"{name} ({known})" if known else name
+        what = name_of(unwrapped(module), own)
     return compare(own, converted, allow_missing=allow_missing, what=what, source=source, advice=advice)
+
+
+def name_of(module: nn.Module, own: Mapping[str, Tensor]) -> str:
+    """Return what messages call a model: ``"MaskRCNN (VMamba tiny-s1l8)"``, ``"VMamba tiny-s1l8"``, ``"ResNet"``."""
+    name, known = type(module).__name__, recognise(own)
+    if known is None:
+        return name
+    size = f"{known.title} {known.variant or known.sketch}"
+    return size if name == known.title else f"{name} ({size})"
 
 
 def load(module: nn.Module, match: Match) -> None:
@@ -198,7 +206,7 @@ def check_entries(allow_missing: Sequence[str]) -> tuple[str, ...]:
 
 
 def covers(entry: str, name: str) -> bool:
-    """Return whether ``entry`` is ``name`` or its beginning, in whole dotted parts, where ``*`` is any text of a part."""
+    """Return whether ``entry`` is ``name`` or its beginning, in whole dotted parts; ``*`` is any text of a part."""
     parts, wanted = name.split("."), entry.rstrip(".").split(".")
     return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
 
@@ -208,7 +216,7 @@ def _as_loaded(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors of ``module`` and those it would load, converted by its own code; nothing is copied.
 
-    It does what ``nn.Module.load_state_dict`` does, with twins of the modules that hold empty tensors on the meta device.
+    It does what ``nn.Module.load_state_dict`` does, with twins of the modules whose tensors are on the meta device.
     """
     own: dict[str, Tensor] = {}
     converted: dict[str, Tensor] = {}
@@ -268,8 +276,8 @@ def _is_exact(stored: torch.dtype, own: torch.dtype) -> bool:
 
 def _kinds(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
     """Return a sentence that says what both are, if that is known and not the same."""
-    found, wanted = describe(stored), describe(own)
-    if found is None or wanted is None or found == wanted:
+    found, wanted = recognise(stored), recognise(own)
+    if found is None or wanted is None or str(found) == str(wanted):
         return ""
     return f" The checkpoint is {found}, the model is {wanted}."
 

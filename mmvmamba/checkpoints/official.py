@@ -47,26 +47,22 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Recognition | None:
 
     Args:
         state_dict: Names to tensors; values are not looked at, so the meta device does.
+
+    Without MMEngine, which the converters need, nothing is known.
     """
+    if importlib.util.find_spec("mmengine") is None:
+        return None
     from mmvmamba.converters import recognition
 
     return recognition.recognise(state_dict)
 
 
-def describe(state_dict: Mapping[str, Tensor]) -> str | None:
-    """Return what ``recognise`` finds as words; None also where MMEngine, which the converters need, is not installed."""
-    if importlib.util.find_spec("mmengine") is None:
-        return None
-    found = recognise(state_dict)
-    return None if found is None else str(found)
-
-
 def adapt(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the entries of an official file under our names; what is not recognised comes back as it is.
 
-    An official classifier gets the names of an MMPretrain classifier (``backbone.``, ``head.fc.``), and in a detector or
-    segmentor the names of early releases become the present ones. Values and shapes stay as they are: the layers load
-    the weights of a 1x1 convolution for a linear map by themselves. Our own names stay as they are.
+    An official classifier gets the names of an MMPretrain classifier (``backbone.``, ``head.fc.``), and in a detector
+    or segmentor the names of early releases become the present ones. Values and shapes stay as they are: the layers
+    load the weights of a 1x1 convolution for a linear map by themselves. Our own names stay as they are.
 
     Raises:
         CheckpointMismatch: If old and new names stand for the same entry.

@@ -44,7 +44,7 @@ class Converter:
         title: The family's name for people.
         released: Released variant, under our name for it -> upstream constructor arguments for form ``"backbone"``.
         mark: Regular expression of an upstream (or our) name that a backbone of this family has and others hardly do.
-        head: Regular expression of the names that only upstream's classifier has, beside those of its feature extractor.
+        head: Regular expression of the names that upstream's classifier has and its feature extractor has not.
         knows: (form, name) -> whether ``read`` accepts an entry of this name.
         sketch: (our entries without out norms and head) -> the size of the network in words.
     """

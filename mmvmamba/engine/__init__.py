@@ -1,6 +1,6 @@
 """What the MMEngine runner calls."""
 
-from mmvmamba.engine.hooks import PretrainedCheckHook
+from mmvmamba.engine.hooks import CheckpointCheckHook, PretrainedCheckHook
 from mmvmamba.engine.optimizers import Bfloat16OptimWrapper
 
-__all__ = ["Bfloat16OptimWrapper", "PretrainedCheckHook"]
+__all__ = ["Bfloat16OptimWrapper", "CheckpointCheckHook", "PretrainedCheckHook"]

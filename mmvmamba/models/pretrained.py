@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.model.weight_init import PretrainedInit
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmvmamba.checkpoints import read_checkpoint
 from mmvmamba.checkpoints.official import adapt
@@ -91,3 +92,10 @@ def cut(state: Mapping[str, Tensor], prefix: str, checkpoint: str) -> dict[str, 
 def parts(state: Mapping[str, Tensor]) -> list[str]:
     """Return the first parts of the names, sorted."""
     return sorted({name.split(".")[0] for name in state})
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """Return the model inside MMEngine's wrappers for distribution and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.get_submodule("module")
+    return model

@@ -1,5 +1,6 @@
 """Hooks, one class per file."""
 
+from mmvmamba.engine.hooks.checkpoint_check_hook import CheckpointCheckHook
 from mmvmamba.engine.hooks.pretrained_check_hook import PretrainedCheckHook
 
-__all__ = ["PretrainedCheckHook"]
+__all__ = ["CheckpointCheckHook", "PretrainedCheckHook"]

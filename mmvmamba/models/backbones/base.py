@@ -224,12 +224,12 @@ class BaseBackbone(BaseModule):
     def read_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu") -> Match:
         """Return what this backbone takes from a checkpoint, all checked, nothing loaded yet.
 
-        Official files and those of a classifier trained with MMPretrain need no ``prefix``; the classifier's head is left
-        out by name. Of any other model that has a backbone inside, the prefix says that only this part is meant.
+        Official files and those of a classifier trained with MMPretrain need no ``prefix``; the classifier's head is
+        left out by name. Of any other model that has a backbone inside, the prefix says that only this part is meant.
 
         Out norms are taken if there is one for each of ``out_indices``; otherwise none is, and all keep their initial
-        weight 1 and bias 0: a classifier has the norm of its last stage only, which was not trained to feed a detector's
-        neck.
+        weight 1 and bias 0: a classifier has the norm of its last stage only, which was not trained to feed a
+        detector's neck.
 
         Raises:
             CheckpointError: If the file cannot be read.
@@ -243,8 +243,9 @@ class BaseBackbone(BaseModule):
         if not prefix and "backbone" in (found := parts(state)):
             if not set(found) <= _PARTS_OF_A_CLASSIFIER:
                 raise CheckpointMismatch(
-                    f"checkpoint {source} is of a whole model with the parts {found}, expected a backbone or a classifier. "
-                    "Add prefix='backbone.' to init_cfg to take its backbone, or name the file in load_from to take all."
+                    f"checkpoint {source} is of a whole model with the parts {found}, expected a backbone or a "
+                    "classifier. Add prefix='backbone.' to init_cfg to take its backbone, or name the file in "
+                    "load_from to take all."
                 )
             left_out = [name for name in state if not name.startswith("backbone.")]
             state = cut(state, "backbone", checkpoint)
