@@ -2,12 +2,20 @@
 
 ``locations`` lets MMEngine import our classes on demand, so a config of MMDetection, MMSegmentation or
 MMPretrain only writes ``type='mmvmamba.VMamba'``: no ``custom_imports`` and no change of ``default_scope``.
+
+Importing this module also makes MMEngine read every checkpoint of the process with ``read_checkpoint``, which runs
+nothing that a file holds (``mmvmamba.checkpoints.mmengine_loader``).
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
+
+from mmvmamba.checkpoints.mmengine_loader import install as _install_checkpoint_loader
+
+# Whoever registers or builds a part of mmvmamba gets its reader of checkpoints with it, for the whole process.
+_install_checkpoint_loader()
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope="mmvmamba", locations=["mmvmamba.models"])
 

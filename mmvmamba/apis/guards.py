@@ -1,4 +1,4 @@
-"""The hooks that every training and test through our tools gets, whatever its config says.
+"""The hooks and loops that trainings and tests through our tools get, whatever their config says.
 
 Each part is one function that changes the config in place, leaves alone what the user configured himself, and returns a
 line for the log, or None where there is nothing to say.
@@ -11,9 +11,29 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 _OURS = "mmvmamba.CheckpointHook"
 _REMOTE = ("backend_args", "file_client_args")
+_LOOPS = {
+    name: ours
+    for ours, stock in (
+        ("mmvmamba.EpochBasedTrainLoop", EpochBasedTrainLoop),
+        ("mmvmamba.IterBasedTrainLoop", IterBasedTrainLoop),
+    )
+    for name in (stock, stock.__name__)
+}
+_LOOPS_BY_EPOCH = {True: "EpochBasedTrainLoop", False: "IterBasedTrainLoop"}
+
+
+def guard_loading(cfg: Config) -> None:
+    """Check every checkpoint that the runner loads (``load_from``, a resume, a test) against the whole model."""
+    add_hook(cfg, "CheckpointCheckHook")
+
+
+def guard_training(cfg: Config) -> list[str]:
+    """Add to a training what keeps its checkpoints and its weights safe, in place; return lines for the log."""
+    return [line for guard in _TRAINING if (line := guard(cfg)) is not None]
 
 
 def use_our_checkpoint_hook(cfg: Config) -> str | None:
@@ -42,9 +62,49 @@ def _is_mmengines(kind: Any) -> bool:
     return kind is MMEngineCheckpointHook or kind in ("CheckpointHook", "mmengine.CheckpointHook")
 
 
-_GUARDS: tuple[Callable[[Config], str | None], ...] = (use_our_checkpoint_hook,)
+def use_resumable_loops(cfg: Config) -> str | None:
+    """Replace MMEngine's own training loop by ours of the same name, and add the hook that keeps random states.
+
+    ``type='mmengine.EpochBasedTrainLoop'``, with the scope, is left alone: that is how a config says that it wants
+    MMEngine's loop.
+    """
+    loop = cfg.get("train_cfg")
+    if not isinstance(loop, dict) or cfg.get("runner_type", "Runner") != "Runner":
+        return None
+    add_hook(cfg, "RandomStateHook")
+    kind = loop.get("type") or _LOOPS_BY_EPOCH.get(loop.get("by_epoch"))
+    ours = _LOOPS.get(kind)
+    if ours is None:
+        known = kind is None or (isinstance(kind, str) and kind.startswith("mmvmamba."))
+        return None if known else f"The training loop is {kind}: a resumed training may not be bit for bit the same."
+    loop.pop("by_epoch", None)
+    loop["type"] = ours
+    return f"The training loop is {ours} in place of MMEngine's, so that resuming is bit for bit."
 
 
-def install_guards(cfg: Config) -> list[str]:
-    """Add all of them to a config, in place; return lines for the log."""
-    return [line for guard in _GUARDS if (line := guard(cfg)) is not None]
+def guard_failures(cfg: Config) -> None:
+    """Stop at losses and gradients that are not finite, save on signals, know the batch when memory runs out."""
+    for name in ("NonFiniteHook", "InterruptHook", "LastBatchHook"):
+        add_hook(cfg, name)
+
+
+_TRAINING: tuple[Callable[[Config], str | None], ...] = (use_our_checkpoint_hook, use_resumable_loops, guard_failures)
+
+
+def add_hook(cfg: Config, name: str, **arguments: Any) -> None:
+    """Add a hook of mmvmamba to ``custom_hooks`` unless the config has one.
+
+    Args:
+        cfg: The config, changed in place.
+        name: The hook's class. A hook of this name is left as it is, whether given by name, with or without scope, by
+            class or built.
+        arguments: Its arguments.
+    """
+    hooks = list(cfg.get("custom_hooks") or [])
+    if not any(_class_name(hook) == name for hook in hooks):
+        cfg.custom_hooks = [*hooks, ConfigDict(type=f"mmvmamba.{name}", **arguments)]
+
+
+def _class_name(hook: Any) -> str:
+    kind = hook.get("type") if isinstance(hook, dict) else type(hook)
+    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")

@@ -18,7 +18,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmvmamba.apis.guards import install_guards
+from mmvmamba.apis.guards import guard_loading, guard_training
 from mmvmamba.apis.resume import choose_start
 from mmvmamba.errors import CheckpointError, ConfigError
 
@@ -121,7 +121,7 @@ def prepare_training(
                 "learning rate is meant for. Add auto_scale_lr=dict(base_batch_size=...)."
             )
         cfg.auto_scale_lr.enable = True
-    return choose_start(cfg, resume)
+    return [*choose_start(cfg, resume), *guard_training(cfg)]
 
 
 def _set_amp(cfg: Config) -> None:
@@ -193,12 +193,9 @@ def prepare_testing(
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner the config asks for, with the hooks that keep weights and checkpoints safe."""
-    notes = install_guards(cfg)
-    runner: Runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    for note in notes:
-        runner.logger.info(note)
-    return runner
+    """Build the runner the config asks for, with the check of everything it loads."""
+    guard_loading(cfg)
+    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
 def _draw_predictions(cfg: Config, show_dir: str) -> None:

@@ -1,169 +1,306 @@
-"""Reading a checkpoint file: tensors and plain values only, no code is run, every failure says what to do."""
+"""Reading a checkpoint file: tensors and plain values only, no code is run, every failure says what to do.
+
+The file is opened once. What is hashed, checked and loaded is that open file, whatever happens to its name meanwhile.
+"""
 
 from __future__ import annotations
 
-import pickle
+import io
+import os
 import re
-import urllib.error
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
+import safetensors
 import torch
 from torch import Tensor
 
-from mmvmamba.errors import CheckpointError
+from mmvmamba.checkpoints import stand_ins
+from mmvmamba.checkpoints.archive import check_archive, read_record
+from mmvmamba.checkpoints.config_text import take_config_text
+from mmvmamba.checkpoints.download import fetch
+from mmvmamba.checkpoints.legacy import check_legacy
+from mmvmamba.checkpoints.manifest import Manifest, read_manifest, sha256_of
+from mmvmamba.checkpoints.pickled import Malformed, Storage, described_storage, follow
+from mmvmamba.errors import CheckpointError, CorruptCheckpoint, HashMismatch, UnsafeCheckpoint
 
 _NAMES_SHOWN = 10
-
-
-class _DictStub:
-    """Stands for a class derived from dict: unpickles to an ordered dict, the only kind PyTorch fills."""
-
-    def __new__(cls, *_: object) -> Any:
-        return OrderedDict()
-
-
-class _Inert:
-    """Stands for anything else: takes arguments and state, does nothing."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-#: What well-known files hold beside their weights. None of it is needed: each name is replaced by a stub.
-_STUBS: dict[str, type] = {
-    # The training configuration in the official ImageNet checkpoints.
-    "yacs.config.CfgNode": _DictStub,
-    # The curves of the training in MMEngine's checkpoints.
-    **dict.fromkeys(
-        (
-            "mmengine.logging.history_buffer.HistoryBuffer",
-            "numpy.dtype",
-            "numpy.ndarray",
-            "numpy.core.multiarray.scalar",
-            "numpy.core.multiarray._reconstruct",
-            "numpy._core.multiarray.scalar",
-            "numpy._core.multiarray._reconstruct",
-            "builtins.getattr",
-        ),
-        _Inert,
-    ),
+_SECTIONS = ("state_dict", "model")
+_MAX_HEADER = 100 << 20
+_LIST_LOCK = threading.Lock()
+#: Protocols 0 and 1 have no mark at their beginning: a list, dict or tuple, or the name of something to call.
+_OLD_PICKLE = re.compile(rb"[\]}(][lpdqtc(.]|[\]}(]?c[\w.]+\n[\w.]+\n")
+_FOREIGN = {
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstandard",
+    b"Rar!": "a rar archive",
 }
 
 
-def read_checkpoint(source: str | Path, *, sha256: str | None = None, map_location: Any = "cpu") -> dict[str, Any]:  # noqa: ARG001
+def read_checkpoint(
+    source: str | Path,
+    *,
+    sha256: str | None = None,
+    map_location: Any = "cpu",
+    section: str | None = None,
+    allow_non_finite: bool = False,
+) -> dict[str, Any]:
     """Return the content of a checkpoint; its weights are under ``"state_dict"``, by name.
+
+    Known layouts are ``{"state_dict": ...}`` (mmengine), ``{"model": ...}`` (official classifiers), the bare state
+    dict and safetensors; ``module.`` of a distributed training is taken off the names. Other entries of the file stay
+    as they are, with NumPy arrays and numbers as such, a ``HistoryBuffer`` as ``HistoryRecord``, a ``CfgNode`` or
+    ``Namespace`` as a dict. The text of a config is found under ``"config_text"`` only, never where mmengine would run
+    it. The metadata of a safetensors file is under ``"meta"``.
 
     Args:
         source: A file or an https URL.
         sha256: What the file must hash to, 64 hexadecimal digits; by default its manifest's, if it has one.
         map_location: Where the tensors go, as for ``torch.load``.
+        section: Entry of the file that holds the weights, such as ``"model_ema"``; by default ``"state_dict"``, else
+            ``"model"``, whose figures the official repositories publish.
+        allow_non_finite: Accept weights that are NaN or infinite.
 
     Raises:
-        CheckpointError: If the file is absent, broken, of another kind or dangerous.
+        UnsafeCheckpoint: If the file could run code, or is of a kind that can. Nothing of it was run.
+        CorruptCheckpoint: If it is cut off, damaged or no checkpoint.
+        HashMismatch: If it is not the file that ``sha256`` or its manifest describes.
+        CheckpointError: If it is absent or its weights are of no use.
     """
     text = str(source)
-    path = _fetch(text) if text.startswith(("http://", "https://")) else Path(source).expanduser()
-    _check_file(path)
-    content = _load(path, map_location)
-    return {**(content if isinstance(content, Mapping) else {}), "state_dict": _state_dict(path, content)}
+    if "://" in text:
+        path = fetch(text, sha256)
+    else:
+        path = Path(source).expanduser()
+    name = repr(str(path))
+    with _open(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        _verify(file, size, name, read_manifest(path), sha256)
+        content = _content(file, size, name, map_location)
+    return _arranged(content, name, section, allow_non_finite)
 
 
-def _fetch(url: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / unquote(Path(urlparse(url).path).name)
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), progress=False)
-    except (OSError, urllib.error.URLError) as error:
-        raise CheckpointError(
-            f"checkpoint {url!r} could not be downloaded to {str(path)!r}: {error}. Download it elsewhere and put it "
-            "there, or name a file instead of the URL."
-        ) from error
-    return path
-
-
-def _check_file(path: Path) -> None:
+def _open(path: Path, name: str) -> BinaryIO:
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+        found = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
         raise CheckpointError(
-            f"checkpoint {str(path)!r} {found}, expected a file. Train or download it first, or correct the path."
+            f"checkpoint {name} {found}, expected a file. Train or download it first, or correct the path."
         )
-    with path.open("rb") as file:
-        head = file.read(256)
-    if not head:
-        raise CheckpointError(f"checkpoint {str(path)!r} has 0 bytes, expected weights. Download or train it anew.")
-    if head.startswith((b"PK", b"\x80")):
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {name} cannot be opened ({error.strerror}), expected a file that you may read. Correct its "
+            "permissions or the path."
+        ) from error
+
+
+def _verify(file: BinaryIO, size: int, name: str, manifest: Manifest | None, sha256: str | None) -> None:
+    if manifest is not None and size != manifest.size:
+        raise CorruptCheckpoint(
+            f"checkpoint {name} has {size} bytes, expected the {manifest.size} of its manifest. It is cut off or "
+            "another file: delete both and download or train it anew, or go on from an earlier one."
+        )
+    wanted = {text.lower() for text in (sha256, manifest.sha256 if manifest else None) if text}
+    if not wanted:
         return
+    for text in wanted:
+        if len(text) != 64 or set(text) - set("0123456789abcdef"):
+            raise HashMismatch(f"sha256 is {text!r}, expected 64 hexadecimal digits. A shortened hash proves nothing.")
+    found, _ = sha256_of(file)
+    for text in wanted - {found}:
+        whose = "sha256" if sha256 is not None and text == sha256.lower() else "its manifest"
+        raise HashMismatch(
+            f"checkpoint {name} has sha256 {found}, expected {text} ({whose}). It is damaged or another file: delete "
+            "it and download or train it anew, or go on from an earlier one."
+        )
+
+
+def _content(file: BinaryIO, size: int, name: str, map_location: Any) -> Any:
+    """Return what an open file holds, whichever of the three kinds it is."""
+    file.seek(0)
+    head = file.read(512)
+    if not head:
+        raise CorruptCheckpoint(f"checkpoint {name} has 0 bytes, expected weights. Download or train it anew.")
+    if head.startswith(b"PK\3\4"):
+        _check_zip(file, size, name)
+        return _load(file, name, map_location)
+    if head.startswith(b"\x80"):
+        check_legacy(file, size, name)
+        return _load(file, name, map_location)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= min(size - 8, _MAX_HEADER):
+        return _load_safetensors(file, name, map_location)
+    raise _no_checkpoint(head, size, name)
+
+
+def _no_checkpoint(head: bytes, size: int, name: str) -> CheckpointError:
+    for start, kind in _FOREIGN.items():
+        if head.startswith(start):
+            return UnsafeCheckpoint(
+                f"checkpoint {name} is {kind}, expected a file of torch.save or safetensors. Unpack it first."
+            )
+    if head[257:262] == b"ustar":
+        return UnsafeCheckpoint(
+            f"checkpoint {name} is a tar archive, expected a file of torch.save or safetensors. PyTorch before 0.1.10 "
+            "wrote such files, and reading them runs code: save the weights anew on a machine you trust."
+        )
+    if _OLD_PICKLE.match(head):
+        return UnsafeCheckpoint(
+            f"checkpoint {name} begins like a pickle of protocol 0 or 1, expected a file of torch.save or safetensors; "
+            "such a file can run code of its author. Nothing of it was run. Do not load it."
+        )
     text = head.decode("utf-8", "replace").strip()
     if "\0" not in text and "\N{REPLACEMENT CHARACTER}" not in text:
         kind = "an HTML page" if text.startswith("<") else "a text file"
-        raise CheckpointError(
-            f"checkpoint {str(path)!r} is {kind} beginning {text[:40]!r}, expected a file of torch.save. The download "
-            "gave something else: delete the file and fetch the real one."
+        return CorruptCheckpoint(
+            f"checkpoint {name} is {kind} beginning {text[:40]!r} ({size} bytes), expected a file of torch.save or "
+            "safetensors. The download gave something else: delete the file and fetch the real one."
         )
-    raise CheckpointError(
-        f"checkpoint {str(path)!r} begins with the bytes {head[:8]!r}, expected a file of torch.save. Check the path."
+    return CorruptCheckpoint(
+        f"checkpoint {name} begins with the bytes {head[:8]!r} ({size} bytes), expected a file of torch.save or "
+        "safetensors. Check the path, or download it again."
     )
 
 
-def _load(path: Path, map_location: Any) -> Any:
-    stubs: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(stub, name) for name, stub in _STUBS.items()]
+def _check_zip(file: BinaryIO, size: int, name: str) -> None:
+    records = check_archive(file, size, name)
+    if "byteorder" in records and read_record(file, records["byteorder"]) != b"little":
+        raise CheckpointError(f"checkpoint {name} is of a big-endian machine. Save it anew on an ordinary one.")
+    for record in ("version", ".format_version", ".storage_alignment"):
+        if record in records and not read_record(file, records[record]).strip().isdigit():
+            raise CorruptCheckpoint(f"checkpoint {name} is damaged: its {record!r} is no number. Download it again.")
+
+    def storage_of(reference: tuple[Any, ...]) -> Storage:
+        storage = described_storage(reference, fields=5)
+        record = records.get(f"data/{storage.key}")
+        if record is None or record.size != storage.size:
+            found = "no bytes" if record is None else f"{record.size} bytes"
+            raise Malformed(f"storage {storage.key[:20]!r} claims {storage.size} bytes and has {found}")
+        return storage
+
+    data = io.BytesIO(read_record(file, records["data.pkl"]))
+    follow(data, size, name, storage_of)
+    if data.read(1):
+        raise CorruptCheckpoint(f"checkpoint {name} is damaged: its list of contents goes on. Download it again.")
+
+
+def _load(file: BinaryIO, name: str, map_location: Any) -> Any:
+    """Give a checked file to PyTorch, which checks again in its own way; there is no second try with less care."""
+    file.seek(0)
     try:
-        with torch.serialization.safe_globals(stubs):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        names = _foreign_globals(path, str(error))
-        if not names:
-            raise _broken(path, error) from error
-        raise CheckpointError(
-            f"checkpoint {str(path)!r} holds objects of {', '.join(names)}, expected tensors only; such a file can run "
-            "code of its author when it is read. If you trust it, save its weights alone, where those packages are "
-            "installed: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, NEW_FILE)."
+        with _LIST_LOCK:
+            # What other code of the process allowed is not allowed here.
+            others = torch.serialization.get_safe_globals()
+            torch.serialization.clear_safe_globals()
+            try:
+                with torch.serialization.safe_globals(stand_ins.torch_list()):
+                    content = torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+            finally:
+                torch.serialization.clear_safe_globals()
+                torch.serialization.add_safe_globals(others)
+    except UnpicklingError as error:
+        raise UnsafeCheckpoint(
+            f"checkpoint {name} is refused by PyTorch ({str(error).strip().splitlines()[0]}), expected tensors and "
+            "plain values. Nothing of it was run. Save its weights alone: torch.save(model.state_dict(), FILE)."
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError) as error:
-        raise _broken(path, error) from error
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        AttributeError,
+    ) as error:
+        raise _broken(name, error) from error
+    return stand_ins.plain(content, name)
 
 
-def _broken(path: Path, error: Exception) -> CheckpointError:
+def _load_safetensors(file: BinaryIO, name: str, map_location: Any) -> dict[str, Any]:
+    device = str(map_location) if isinstance(map_location, (str, torch.device)) else "cpu"
+    try:
+        # The same open file again: its name may mean another one by now.
+        with safetensors.safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt", device=device) as opened:
+            # A copy, because a tensor that is a window on the file would change with it.
+            state = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+            return {"state_dict": state, "meta": dict(opened.metadata() or {})}
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> CorruptCheckpoint:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return CheckpointError(
-        f"checkpoint {str(path)!r} cannot be read ({lines[0]}), expected a complete file of torch.save. It is probably "
-        "cut off: delete it and download or train it anew."
+    return CorruptCheckpoint(
+        f"checkpoint {name} cannot be read ({lines[0]}), expected a complete file of torch.save or safetensors. It is "
+        "probably cut off: delete it and download or train it anew."
     )
 
 
-def _foreign_globals(path: Path, message: str) -> list[str]:
-    """Name the classes and functions a file refers to that are neither PyTorch's nor stubbed."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except (pickle.UnpicklingError, ValueError, RuntimeError):
-        # Files of the format before PyTorch 1.6 cannot be searched; the message names the first one.
-        names = re.findall(r"GLOBAL ([\w.]+)", message)
-    return [name for name in names if name not in _STUBS]
+def _arranged(content: Any, name: str, section: str | None, allow_non_finite: bool) -> dict[str, Any]:
+    """Return the content with the weights under ``"state_dict"`` and without text that could be run."""
+    whole = isinstance(content, Mapping)
+    found = section if section else next((k for k in _SECTIONS if whole and isinstance(content.get(k), Mapping)), None)
+    if section and not (whole and isinstance(content.get(section), Mapping)):
+        entries = [key for key, value in content.items() if isinstance(value, Mapping)] if whole else []
+        raise CheckpointError(f"checkpoint {name} has no section {section!r}; found {entries}. Name one of these.")
+    state = _state_dict(content[found] if found else content, name)
+    others = {key: value for key, value in content.items() if key != found} if found else {}
+    arranged = {**others, "state_dict": state}
+    if "meta" in arranged and not isinstance(arranged["meta"], dict):
+        raise CorruptCheckpoint(f"checkpoint {name}: meta is a {type(arranged['meta']).__name__}, expected a dict.")
+    take_config_text(arranged, name)
+    if not allow_non_finite:
+        _check_finite(state, name)
+        if isinstance(arranged.get("ema_state_dict"), dict):
+            _check_finite(arranged["ema_state_dict"], name)
+    return arranged
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    state = content
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            state = content[key]
-            break
+def _state_dict(state: Any, name: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise CheckpointError(
-            f"checkpoint {str(path)!r} holds a {type(state).__name__}, expected a dict of tensors, alone or under "
+            f"checkpoint {name} holds a {type(state).__name__}, expected a dict of tensors, alone or under "
             "'state_dict' or 'model'. Save model.state_dict()."
         )
-    wrong = [f"{name!r} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
+    wrong = [f"{key!r} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
+    wrong += [f"{key!r}, a name that is no text" for key in state if not isinstance(key, str)]
     if wrong or not state:
         raise CheckpointError(
-            f"checkpoint {str(path)!r}: {', '.join(wrong[:_NAMES_SHOWN]) or 'the state dict'} "
+            f"checkpoint {name}: {', '.join(wrong[:_NAMES_SHOWN]) or 'the state dict'} "
             f"{'are no tensors' if wrong else 'is empty'}, expected a dict of tensors, alone or under 'state_dict' or "
             "'model'. Save model.state_dict()."
         )
-    return dict(state)
+    prefix = "module." if all(key.startswith("module.") for key in state) else ""
+    result: OrderedDict[str, Tensor] = OrderedDict((key[len(prefix) :], value) for key, value in state.items())
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None and not prefix:
+        # Versions of the modules, by which PyTorch and mmcv recognise old entries.
+        result._metadata = metadata  # type: ignore[attr-defined]
+    return result
+
+
+def _check_finite(state: Mapping[str, Any], name: str) -> None:
+    seen = set()
+    for key, value in state.items():
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            continue
+        # float8 has no isfinite of its own.
+        finite = (value if value.element_size() > 1 else value.float()).isfinite()
+        if not finite.all():
+            raise CheckpointError(
+                f"checkpoint {name}: {key!r} holds NaN or infinite values, expected finite weights. The training that "
+                "wrote it diverged: use an earlier checkpoint, or allow_non_finite=True to look at it."
+            )

@@ -41,12 +41,30 @@ class Converter:
         build: (form, upstream constructor arguments) -> our module.
         read: (form, upstream state dict, stages whose missing out norms are filled) -> our state dict.
         write: (form, our state dict) -> upstream state dict.
+        title: The family's name for people.
+        released: Released variant, under our name for it -> upstream constructor arguments for form ``"backbone"``.
+        mark: Regular expression of an upstream (or our) name that a backbone of this family has and others hardly do.
+        head: Regular expression of the names that upstream's classifier has and its feature extractor has not.
+        knows: (form, name) -> whether ``read`` accepts an entry of this name.
+        sketch: (our entries without out norms and head) -> the size of the network in words.
     """
 
     forms: tuple[str, ...]
     build: Callable[[str, Mapping[str, Any]], nn.Module]
     read: Callable[[str, Mapping[str, Tensor], Sequence[int]], StateDict]
     write: Callable[[str, Mapping[str, Tensor]], StateDict]
+    title: str
+    released: Mapping[str, Mapping[str, Any]]
+    mark: str
+    head: str
+    knows: Callable[[str, str], bool]
+    sketch: Callable[[Mapping[str, Tensor]], str]
+
+
+def load_converter(family: str) -> Converter:
+    """Return the converter of a key of ``CONVERTERS``."""
+    converter: Converter = importlib.import_module(CONVERTERS[family]).CONVERTER
+    return converter
 
 
 def from_upstream(family: str, form: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -151,6 +169,11 @@ def rename(
     return renamed
 
 
+def known_to(rules: Sequence[Rule], name: str) -> bool:
+    """Return whether ``rename`` with these rules would accept an entry of this name."""
+    return any(re.fullmatch(rule.pattern, name) for rule in rules)
+
+
 def reject_unknown_arguments(kwargs: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     """Raise ``ConfigError`` for upstream arguments nobody knows, with the nearest spelling of each."""
     unknown = [name for name in kwargs if name not in known]
@@ -173,7 +196,7 @@ def _converter(family: str, form: str) -> Converter:
             f"family is {family!r}, expected one of {', '.join(CONVERTERS)}.{nearest_spelling(family, CONVERTERS)} "
             "Write one of these names."
         )
-    converter: Converter = importlib.import_module(CONVERTERS[family]).CONVERTER
+    converter = load_converter(family)
     if form not in converter.forms:
         raise ConfigError(
             f"form is {form!r}, expected one of {', '.join(converter.forms)} for family {family!r}."

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmvmamba.converters.base import Converter, Rule, StateDict, reject_unknown_arguments, rename
+from mmvmamba.converters.base import Converter, Rule, StateDict, known_to, reject_unknown_arguments, rename
 from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 
@@ -271,13 +271,38 @@ def _read(form: str, state_dict: Mapping[str, Tensor], fill_out_norms: Sequence[
     last = _num_stages(trunk) - 1
     head = rename(
         {name: value for name, value in state_dict.items() if re.fullmatch(_HEAD_OF_CLASSIFIER, name)},
-        (
-            Rule(rf"(?:classifier\.)?norm\.({_AFFINE})", rf"backbone.outnorm{last}.\1"),
-            Rule(r"(?:classifier\.)?head\.(weight|bias)", r"head.fc.\1"),
-        ),
+        _head_rules(last),
         "the head of a VMamba classifier",
     )
     return {**{f"backbone.{name}": value for name, value in trunk.items()}, **head}
+
+
+def _head_rules(last: int) -> tuple[Rule, Rule]:
+    """Return the rules of the classification head, whose norm is the out norm of stage ``last`` here."""
+    return (
+        Rule(rf"(?:classifier\.)?norm\.({_AFFINE})", rf"backbone.outnorm{last}.\1"),
+        Rule(r"(?:classifier\.)?head\.(weight|bias)", r"head.fc.\1"),
+    )
+
+
+def _knows(form: str, name: str) -> bool:
+    own = _head_rules(0) if form == "classifier" else (_OUT_NORM,)
+    return known_to((*_TRUNK, *_OLD_TRUNK, *own), name)
+
+
+def _sketch(trunk: Mapping[str, Tensor]) -> str:
+    """Return depths and dims, as far as the entries tell."""
+    blocks: dict[int, set[int]] = {}
+    dims: dict[int, int] = {}
+    for name, value in trunk.items():
+        match = re.match(r"layers\.(\d+)\.blocks\.(\d+)\.(?:(norm2?\.weight)$)?", name)
+        if match:
+            stage = int(match[1])
+            blocks.setdefault(stage, set()).add(int(match[2]))
+            if match[3]:
+                dims[stage] = value.numel()
+    depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
+    return f"with depths {depths} and dims {tuple(dims[stage] for stage in sorted(dims))}"
 
 
 def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
@@ -350,4 +375,21 @@ def _fill_out_norms(ours: StateDict, upstream: Mapping[str, Tensor], stages: Seq
     return ours
 
 
-CONVERTER = Converter(FORMS, _build, _read, _write)
+#: The name of each of upstream's functions as an arch of ours: "vmamba_tiny_s1l8" is "tiny-s1l8".
+_RELEASED = {
+    name.replace("vanilla_vmamba", "vanilla").removeprefix("vmamba_").replace("_", "-"): {"function": name}
+    for name in UPSTREAM_FUNCTIONS
+}
+
+CONVERTER = Converter(
+    FORMS,
+    _build,
+    _read,
+    _write,
+    title="VMamba",
+    released=_RELEASED,
+    mark=r"layers\.\d+\.blocks\.\d+\.(?:op|self_attention)\.A_logs",
+    head=_HEAD_OF_CLASSIFIER,
+    knows=_knows,
+    sketch=_sketch,
+)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.model.weight_init import PretrainedInit
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmvmamba.checkpoints import read_checkpoint
-from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, nearest_spelling
+from mmvmamba.checkpoints.official import adapt
+from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
 
 _NAMES_SHOWN = 10
 _PRETRAINED_KEYS = ("type", "checkpoint", "prefix", "map_location")
@@ -52,34 +54,48 @@ def _check_pretrained(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_weights(checkpoint: str, prefix: str | None = None, map_location: Any = "cpu") -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name.
+    """Return the tensors of a checkpoint under our names.
 
     Known layouts are ``{"state_dict": ...}`` (MMEngine), ``{"model": ...}`` (official classifiers) and the bare state
-    dict. The file is read with ``weights_only=True``: nothing it holds is executed.
+    dict. Nothing the file holds is executed. Entries of official files get our names, see
+    ``mmvmamba.checkpoints.official.adapt``.
 
     Args:
-        checkpoint: A file, or an http(s) URL, which is downloaded once to the cache folder of ``torch.hub``.
+        checkpoint: A file, or an https URL, which is downloaded once to the cache folder of ``torch.hub``.
         prefix: Take the entries of this part only, and remove the name; with or without the closing dot.
         map_location: Where the tensors go, as for ``torch.load``.
 
     Raises:
-        CheckpointError: If the file is absent, broken, of another kind or holds values that are not finite.
+        CheckpointError: If the file is absent, broken or of another kind.
         CheckpointMismatch: If no entry begins with ``prefix``.
     """
-    state = read_checkpoint(checkpoint, map_location=map_location)["state_dict"]
-    if prefix:
-        start = prefix.rstrip(".") + "."
-        part = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
-        if not part:
-            raise CheckpointMismatch(
-                f"checkpoint {checkpoint!r}: none of {len(state)} entries begins with prefix {start!r}; found parts "
-                f"{sorted({name.split('.')[0] for name in state})[:_NAMES_SHOWN]}. Correct prefix."
-            )
-        state = part
-    for name, value in state.items():
-        if (value.is_floating_point() or value.is_complex()) and not value.isfinite().all():
-            raise CheckpointError(
-                f"checkpoint {checkpoint!r}: {name!r} holds NaN or infinite values, expected finite weights. The "
-                "training that wrote it diverged: use an earlier checkpoint."
-            )
-    return state
+    state = adapt(read_checkpoint(checkpoint, map_location=map_location)["state_dict"])
+    return cut(state, prefix, checkpoint) if prefix else state
+
+
+def cut(state: Mapping[str, Tensor], prefix: str, checkpoint: str) -> dict[str, Tensor]:
+    """Return the entries whose names begin with ``prefix``, without it.
+
+    Raises:
+        CheckpointMismatch: If there is none.
+    """
+    start = prefix.rstrip(".") + "."
+    part = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+    if not part:
+        raise CheckpointMismatch(
+            f"checkpoint {checkpoint!r}: none of {len(state)} entries begins with prefix {start!r}; found parts "
+            f"{parts(state)[:_NAMES_SHOWN]}. Correct prefix."
+        )
+    return part
+
+
+def parts(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the first parts of the names, sorted."""
+    return sorted({name.split(".")[0] for name in state})
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """Return the model inside MMEngine's wrappers for distribution and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.get_submodule("module")
+    return model

@@ -258,5 +258,5 @@ def test_test_py_refuses_weights_of_another_model(tmp_path):
     result = _run("test.py", str(config), good, "--work-dir", str(tmp_path / "work"), "--cfg-options",
                   f"test_dataloader.dataset.data_root={data}")  # fmt: skip
     assert result.returncode == 1
-    assert "is not of this ImageClassifier" in result.stderr.splitlines()[-1]
+    assert "does not fit ImageClassifier" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

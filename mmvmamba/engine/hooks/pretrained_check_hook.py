@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 from torch import Tensor, nn
 
+from mmvmamba.checkpoints.matching import Match, check, check_entries, covers, differing
 from mmvmamba.errors import CheckpointMismatch
 from mmvmamba.models.backbones.base import BaseBackbone
-from mmvmamba.models.pretrained import read_weights, split_init_cfg
+from mmvmamba.models.pretrained import cut, split_init_cfg
 from mmvmamba.registry import HOOKS
+
+_NAMES_SHOWN = 10
 
 
 @HOOKS.register_module()
 class PretrainedCheckHook(Hook):
     """Compare every module that has a ``Pretrained`` init_cfg with its checkpoint before the first iteration.
 
-    MMEngine loads such a checkpoint with ``strict=False``: names that do not match are one line in the log, and the
+    MMEngine loads such a checkpoint with ``strict`` off: names that do not match are one line in the log, and the
     training starts from random weights. This hook raises instead. Our own backbones load strictly by themselves;
     for them it confirms that nothing has overwritten the weights since. A resumed training, or one with
-    ``load_from``, has other weights on purpose and is not checked.
+    ``load_from``, has other weights on purpose and is not checked here (``CheckpointCheckHook`` does that).
 
     Args:
-        allow_missing: Beginnings of parameter names that the checkpoint may lack; if it lacks one of them, none is
-            taken from it. A classifier has no output norms of the earlier stages, hence the default.
+        allow_missing: Names of a module's parameters, or their beginnings in whole dotted parts, that need not be in
+            the checkpoint; if it lacks one that an entry covers, none of them is taken from it. A classifier has no
+            output norms of the earlier stages, hence the default.
+
+    Raises:
+        ConfigError: If ``allow_missing`` is no sequence of names.
     """
 
     priority = "VERY_HIGH"
 
-    def __init__(self, allow_missing: Sequence[str] = ("outnorm",)) -> None:
-        if isinstance(allow_missing, str):
-            raise TypeError(f"allow_missing is the string {allow_missing!r}, expected a sequence: ({allow_missing!r},)")
-        self.allow_missing = tuple(allow_missing)
+    def __init__(self, allow_missing: Sequence[str] = ("outnorm*",)) -> None:
+        self.allow_missing = check_entries(allow_missing)
 
     def before_train(self, runner: Runner) -> None:
         """Check all modules of the model.
@@ -48,40 +54,51 @@ class PretrainedCheckHook(Hook):
         for name, module in runner.model.named_modules():
             pretrained, _ = split_init_cfg(getattr(module, "init_cfg", None))
             for entry in pretrained:
-                runner.logger.info(self._check(name or "model", module, entry["checkpoint"], entry.get("prefix")))
+                runner.logger.info(self._check(name or "model", module, **entry).line())
 
-    def _check(self, name: str, module: nn.Module, path: str, prefix: str | None) -> str:
-        stored = (
-            module.read_pretrained(path, prefix) if isinstance(module, BaseBackbone) else read_weights(path, prefix)
-        )
-        problems: list[str] = []
-        own = module.state_dict()
-        optional = [key for key in own if key.startswith(self.allow_missing)]
-        fresh = [] if all(key in stored for key in optional) else optional
-        loaded = 0
-        for key, tensor in own.items():
-            if key in fresh:
-                continue
-            if key not in stored:
-                problems.append(f"{key} is not in the checkpoint")
-            elif (value := _as_linear(stored[key], tensor)).shape != tensor.shape:
-                problems.append(f"{key} is {tuple(value.shape)} there, {tuple(tensor.shape)} here")
-            elif not torch.equal(value.to(tensor), tensor):
-                problems.append(f"{key} differs from the checkpoint")
-            else:
-                loaded += 1
-        if prefix:
-            unused = [key for key in stored if key not in own and not key.startswith(self.allow_missing)]
-            problems += [f"{key} is not in the model" for key in unused]
-        if problems:
-            listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    def _check(
+        self, name: str, module: nn.Module, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu"
+    ) -> Match:
+        what = f"{name} ({type(module).__name__})"
+        if isinstance(module, BaseBackbone):
+            match = module.read_pretrained(checkpoint, prefix, map_location)
+            unnamed = [key for key in match.skipped if not any(covers(entry, key) for entry in self.allow_missing)]
+            if unnamed:
+                raise CheckpointMismatch(
+                    f"checkpoint {match.source} does not fit {what}: {len(unnamed)} of {match.total} entries missing "
+                    f"{unnamed[:_NAMES_SHOWN]}. Name in PretrainedCheckHook's allow_missing what may start anew."
+                )
+        else:
+            match = self._check_other(what, module, checkpoint, prefix, map_location)
+        changed = differing(module, match)
+        if changed:
             raise CheckpointMismatch(
-                f"{name} was to start from {path} (prefix {prefix!r}), but {len(problems)} tensors do not "
-                f"match: {listed}. Train the checkpoint with the same arch, or correct init_cfg"
+                f"{what} was to start from {match.source}, but {len(changed)} of {match.total} tensors differ from the "
+                f"checkpoint: {changed[:_NAMES_SHOWN]}. Something loaded or initialised them afterwards, or "
+                "init_weights was never called: correct init_cfg."
             )
-        return f"{name}: {loaded} tensors loaded from {path}, {len(fresh)} start fresh"
+        return match
 
-
-def _as_linear(stored: Tensor, own: Tensor) -> Tensor:
-    """Return the weight of a 1x1 convolution as that of the linear map it is loaded into."""
-    return stored.flatten(1) if stored.ndim == 4 and own.ndim == 2 and stored.shape[2:] == (1, 1) else stored
+    def _check_other(
+        self, what: str, module: nn.Module, checkpoint: str, prefix: str | None, map_location: Any
+    ) -> Match:
+        """Check a module that is none of ours, and that MMEngine has loaded."""
+        content = CheckpointLoader.load_checkpoint(checkpoint, map_location)
+        state: dict[str, Tensor] = {
+            k: v for k, v in content.get("state_dict", content).items() if isinstance(v, Tensor)
+        }
+        own: Mapping[str, Tensor] = module.state_dict()
+        if prefix:
+            state = cut(state, prefix, checkpoint)
+        # Without a prefix, a whole network is often given to its backbone: only what the backbone has is meant.
+        taken = state if prefix else {key: value for key, value in state.items() if key in own}
+        names = {*own, *taken}
+        match = check(
+            module,
+            taken,
+            allow_missing=[entry for entry in self.allow_missing if any(covers(entry, name) for name in names)],
+            what=what,
+            source=f"{checkpoint!r} (prefix={prefix!r})",
+            advice="Train the checkpoint with the same arch, or correct init_cfg.",
+        )
+        return dataclasses.replace(match, unused=(*match.unused, *(key for key in state if key not in taken)))

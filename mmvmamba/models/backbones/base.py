@@ -6,6 +6,7 @@ layer depths. It never runs a stage: a family file reads top to bottom without i
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import re
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmvmamba.checkpoints.matching import Match, check, load
 from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError, nearest_spelling
-from mmvmamba.models.pretrained import read_weights, split_init_cfg
+from mmvmamba.models.pretrained import cut, parts, read_weights, split_init_cfg
 
-_NAMES_SHOWN = 10
 _OUT_NORM = re.compile(r"outnorm\d+\.")
+#: What MMPretrain's ImageClassifier consists of; its neck is a pooling without weights.
+_PARTS_OF_A_CLASSIFIER = {"backbone", "head"}
 
 
 class BaseBackbone(BaseModule):
@@ -50,10 +53,6 @@ class BaseBackbone(BaseModule):
 
     #: Names of the stem's modules and parameters, frozen by ``frozen_stages >= 0``.
     stem_names: tuple[str, ...] = ("patch_embed",)
-    #: Entries of a classifier's checkpoint that a feature extractor leaves out, by name.
-    classifier_prefixes: tuple[str, ...] = ("classifier.", "head.")
-    #: Names of earlier releases: pairs of a regular expression and its replacement, applied in order.
-    old_names: tuple[tuple[str, str], ...] = ()
 
     layers: nn.ModuleList
     init_cfg: dict | list[dict] | None
@@ -222,66 +221,53 @@ class BaseBackbone(BaseModule):
             self._load_pretrained(**entry)
         self._is_init = True
 
-    def read_pretrained(
-        self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu"
-    ) -> dict[str, Tensor]:
-        """Return the entries that this backbone takes from a checkpoint, under its own names.
+    def read_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu") -> Match:
+        """Return what this backbone takes from a checkpoint, all checked, nothing loaded yet.
 
-        The head of a classifier is left out by name (``classifier_prefixes``), names of old releases become the
-        present ones (``old_names``). Out norms are taken if there is one for each of ``out_indices``; otherwise
-        none is, and all keep their initial weight 1 and bias 0: official classifiers have no out norms, and the
-        final norm of a classifier trained here (``outnorm3``) was not trained to feed a detector's neck.
+        Official files and those of a classifier trained with MMPretrain need no ``prefix``; the classifier's head is
+        left out by name. Of any other model that has a backbone inside, the prefix says that only this part is meant.
+
+        Out norms are taken if there is one for each of ``out_indices``; otherwise none is, and all keep their initial
+        weight 1 and bias 0: a classifier has the norm of its last stage only, which was not trained to feed a
+        detector's neck.
 
         Raises:
             CheckpointError: If the file cannot be read.
-            CheckpointMismatch: If an entry is missing or unexpected.
+            CheckpointMismatch: If an entry is missing, unexpected, of another shape or dtype, or not finite.
         """
-        source = f"checkpoint {checkpoint!r} (prefix={prefix!r})"
-        state = self._rename_old(source, read_weights(checkpoint, prefix, map_location))
+        source = f"{checkpoint!r} (prefix={prefix!r})" if prefix else repr(checkpoint)
+        state = read_weights(checkpoint, map_location=map_location)
+        if prefix:
+            state = cut(state, prefix, checkpoint)
+        left_out: list[str] = []
+        if not prefix and "backbone" in (found := parts(state)):
+            if not set(found) <= _PARTS_OF_A_CLASSIFIER:
+                raise CheckpointMismatch(
+                    f"checkpoint {source} is of a whole model with the parts {found}, expected a backbone or a "
+                    "classifier. Add prefix='backbone.' to init_cfg to take its backbone, or name the file in "
+                    "load_from to take all."
+                )
+            left_out = [name for name in state if not name.startswith("backbone.")]
+            state = cut(state, "backbone", checkpoint)
         own = self.state_dict()
         own_norms = {key for key in own if _OUT_NORM.match(key)}
         fields = {key.split(".", 1)[1] for key in own_norms}
-        possible_norms = {f"outnorm{i}.{field}" for i in range(len(self.depths)) for field in fields}
-        missing = [key for key in own if key not in state and key not in own_norms]
-        unexpected = [key for key in state if key not in own and key not in possible_norms]
-        if missing or unexpected:
-            raise CheckpointMismatch(
-                f"{source} does not fit {type(self).__name__}: "
-                f"{len(missing)} of {len(own)} entries missing {missing[:_NAMES_SHOWN]}, "
-                f"{len(unexpected)} unexpected {unexpected[:_NAMES_SHOWN]}. Check arch and prefix, or convert the "
-                "checkpoint with mmvmamba.converters."
-            )
-        take_norms = own_norms <= state.keys()
-        return {key: state[key] for key in own if key in state and (take_norms or key not in own_norms)}
-
-    def _rename_old(self, source: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        renamed: dict[str, Tensor] = {}
-        for key, value in state.items():
-            name = key
-            for pattern, replacement in self.old_names:
-                name = re.sub(pattern, replacement, name)
-            if name in renamed:
-                raise CheckpointMismatch(
-                    f"{source}: two entries are called {name!r} today, the second is {key!r}; expected each once. "
-                    "The checkpoint mixes old and new names: remove one of them."
-                )
-            renamed[name] = value
-        return {key: value for key, value in renamed.items() if not key.startswith(self.classifier_prefixes)}
+        possible = {f"outnorm{i}.{field}" for i in range(len(self.depths)) for field in fields}
+        fresh = not own_norms <= state.keys()
+        drop = possible if fresh else possible - own_norms
+        match = check(
+            self,
+            {key: value for key, value in state.items() if key not in drop},
+            allow_missing=sorted(own_norms) if fresh else (),
+            source=source,
+            advice="Check arch, in_channels and prefix, or name a checkpoint of this variant.",
+        )
+        return dataclasses.replace(match, unused=(*(key for key in state if key in drop), *left_out))
 
     def _load_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu") -> None:
-        state = self.read_pretrained(checkpoint, prefix, map_location)
-        try:
-            self.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            raise CheckpointMismatch(
-                f"checkpoint {checkpoint!r} (prefix={prefix!r}) does not fit {type(self).__name__}: {error}. "
-                "Check arch and in_channels."
-            ) from error
-        total = len(self.state_dict())
-        fresh = "" if len(state) == total else "; the out norms start at weight 1 and bias 0"
-        print_log(
-            f"{type(self).__name__}: loaded {len(state)}/{total} entries from {checkpoint}{fresh}", logger="current"
-        )
+        match = self.read_pretrained(checkpoint, prefix, map_location)
+        load(self, match)
+        print_log(match.line(), logger="current")
 
 
 def check_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:

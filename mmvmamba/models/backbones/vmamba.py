@@ -262,13 +262,6 @@ class VMamba(BaseBackbone):
     """
 
     stem_names = ("patch_embed", "pos_embed")
-    old_names = (
-        (r"^patch_embed\.proj\.", "patch_embed.0."),
-        (r"^patch_embed\.norm\.", "patch_embed.2."),
-        (r"\.ln_1\.", ".norm."),
-        (r"\.self_attention\.", ".op."),
-        (r"^norm\.", "classifier.norm."),
-    )
 
     def __init__(
         self,
@@ -335,8 +328,10 @@ class VMamba(BaseBackbone):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "pos_embed"
-        if self.pos_embed is not None and key in state_dict:
-            state_dict[key] = _resize(state_dict[key], *self.pos_embed.shape[2:])
+        stored = state_dict.get(key)
+        # Anything but another map size is not resized: it stays what it is and does not fit.
+        if self.pos_embed is not None and stored is not None and _is_resizable(stored, self.pos_embed):
+            state_dict[key] = _resize(stored, *self.pos_embed.shape[2:])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -381,6 +376,10 @@ def _build_ss2d(channels: int, arch: VMambaArch) -> SS2D:
         ssm_init=arch.ssm_init,
         dropout=arch.ssm_dropout,
     )
+
+
+def _is_resizable(stored: Tensor, own: Tensor) -> bool:
+    return stored.is_floating_point() and stored.ndim == 4 and stored.shape[:2] == own.shape[:2] and stored.numel() > 0
 
 
 def _resize(embedding: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,0 +1,175 @@
+"""Downloading checkpoints: https only, proved by their whole sha256, never half a file in the cache.
+
+The cache is the one of ``torch.hub``. A manifest beside each file holds its sha256 and the URL it came from, and the
+reader verifies it on every use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import shutil
+import sys
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit, urlunsplit
+
+import torch
+
+from mmvmamba.checkpoints.atomic import replacing
+from mmvmamba.checkpoints.manifest import Manifest, read_manifest, sha256_of, write_manifest
+from mmvmamba.errors import CheckpointError, HashMismatch
+from mmvmamba.version import __version__
+
+#: Bytes. The largest detector of the field has a tenth of it; a server that never stops sending fills no disk.
+MAX_SIZE = 16 << 30
+_TIMEOUT = 60.0
+_CHUNK = 1 << 20
+
+
+def fetch(url: str, sha256: str | None = None) -> Path:
+    """Return the file of a URL in the cache, downloaded if it is not there.
+
+    Where several processes ask at once, one downloads and the others wait for it: a lock on the folder, which a killed
+    process leaves open, decides, so it holds for the ranks of a training and for two trainings alike.
+
+    Args:
+        url: An https URL; ``#sha256=<64 hexadecimal digits>`` at its end is what the file must hash to.
+        sha256: The same, for URLs that come without.
+
+    Raises:
+        CheckpointError: If it is no https URL, leads to one, is too large or cannot be downloaded.
+        HashMismatch: If the file is another one. Nothing of it stays in the cache.
+    """
+    parts = urlsplit(url)
+    wanted = _known_hash(parts, sha256)
+    if parts.scheme != "https" or not parts.netloc:
+        raise CheckpointError(
+            f"checkpoint {url!r} is not fetched, expected an https URL or a file: what comes over other roads can be "
+            "changed on its way. Download it by a way you trust and name the file."
+        )
+    plain_url = urlunsplit(parts._replace(fragment=""))
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        path = _place(folder, parts, plain_url)
+        manifest = read_manifest(path) if path.is_file() else None
+        if not path.is_file():
+            found, size = _download(plain_url, path, wanted)
+        elif manifest is None:
+            with path.open("rb") as file:
+                found, size = sha256_of(file)
+        else:
+            found, size = manifest.sha256, manifest.size
+        if wanted and found != wanted:
+            raise HashMismatch(
+                f"checkpoint {str(path)!r} of {plain_url!r} has sha256 {found}, expected {wanted}. Delete the file to "
+                "download it again, or correct the hash."
+            )
+        if manifest is None:
+            write_manifest(path, Manifest(found, size, versions={"mmvmamba": __version__}, source={"url": plain_url}))
+            if not wanted:
+                warnings.warn(
+                    f"checkpoint {plain_url!r} has no known sha256 and is trusted as it came; to prove it from now on, "
+                    f"write {plain_url}#sha256={found}",
+                    stacklevel=3,
+                )
+    return path
+
+
+def _known_hash(parts: SplitResult, sha256: str | None) -> str | None:
+    given = parse_qs(parts.fragment).get("sha256", [])
+    known = {text.lower() for text in (*given, *([sha256] if sha256 else []))}
+    for text in known:
+        if len(text) != 64 or set(text) - set("0123456789abcdef"):
+            raise HashMismatch(f"sha256 is {text!r}, expected 64 hexadecimal digits. A shortened hash proves nothing.")
+    if len(known) > 1:
+        raise HashMismatch(f"sha256 of {urlunsplit(parts)!r} is given twice, as {sorted(known)}. Give one.")
+    return known.pop() if known else None
+
+
+def _place(folder: Path, parts: SplitResult, url: str) -> Path:
+    """Return where the file of a URL belongs; two URLs that end alike get two files."""
+    name = Path(unquote(parts.path)).name
+    if not name or name in (".", "..") or "\0" in name:
+        raise CheckpointError(f"checkpoint {url!r} names no file, expected a URL that ends with one. Correct it.")
+    path = folder / name
+    manifest = read_manifest(path) if path.is_file() else None
+    if manifest is not None and (manifest.source or {}).get("url", url) != url:
+        digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+        return path.with_name(f"{path.stem}-{digest}{path.suffix}")
+    return path
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / ".mmvmamba.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urlsplit(newurl).scheme != "https":
+            raise CheckpointError(
+                f"checkpoint {req.full_url!r} leads to {newurl!r}, expected https all the way. Download it by a way "
+                "you trust and name the file."
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def open_url(url: str) -> Any:
+    """Open an https URL; the answer has ``headers`` and is read like a file."""
+    opener = urllib.request.build_opener(_HttpsOnly)
+    request = urllib.request.Request(url, headers={"User-Agent": f"mmvmamba/{__version__}"})  # noqa: S310
+    return opener.open(request, timeout=_TIMEOUT)
+
+
+def _download(url: str, path: Path, wanted: str | None) -> tuple[str, int]:
+    try:
+        with open_url(url) as answer, replacing(path) as temporary, temporary.open("wb") as file:
+            expected = answer.headers.get("Content-Length")
+            found, size = _copy(answer, file, url, int(expected) if expected else None)
+            file.flush()
+            if wanted and found != wanted:
+                raise HashMismatch(
+                    f"checkpoint {url!r} came with sha256 {found}, expected {wanted}. It was not kept: the server has "
+                    "another file than the one that was published, or the hash is wrong."
+                )
+            return found, size
+    except (OSError, urllib.error.URLError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {url!r} could not be downloaded to {str(path)!r}: {error}. Download it elsewhere and put it "
+            "there, or name a file instead of the URL."
+        ) from error
+
+
+def _copy(answer: BinaryIO, file: BinaryIO, url: str, expected: int | None) -> tuple[str, int]:
+    digest, size, shown = hashlib.sha256(), 0, -1
+    limit = MAX_SIZE
+    if expected is not None and expected > shutil.disk_usage(Path(file.name).parent).free:
+        raise OSError(f"the disk has no room for its {expected} bytes")
+    while chunk := answer.read(_CHUNK):
+        size += len(chunk)
+        if size > limit or (expected or 0) > limit:
+            raise OSError(f"it has more than {limit} bytes, the largest size that is downloaded")
+        digest.update(chunk)
+        file.write(chunk)
+        shown = _show(url, size, expected, shown)
+    if expected is not None and size != expected:
+        raise OSError(f"the connection ended after {size} of {expected} bytes")
+    return digest.hexdigest(), size
+
+
+def _show(url: str, size: int, expected: int | None, shown: int) -> int:
+    """Print a line for every tenth of the file, or every 100 MB of one of unknown length."""
+    tenth = size * 10 // expected if expected else size // 100_000_000
+    if tenth > shown:
+        of = f" of {expected / 1e6:.0f}" if expected else ""
+        print(f"downloading {url}: {size / 1e6:.0f}{of} MB", file=sys.stderr, flush=True)
+    return max(tenth, shown)

@@ -1,0 +1,116 @@
+"""Refuse a checkpoint that does not fit before MMEngine loads the part of it that does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmvmamba.checkpoints.matching import check, check_entries
+from mmvmamba.checkpoints.official import adapt, recognise
+from mmvmamba.errors import CheckpointMismatch
+from mmvmamba.models.pretrained import innermost
+from mmvmamba.registry import HOOKS
+
+#: What a training needs to go on, beside its weights.
+_STATE_OF_A_TRAINING = ("meta", "message_hub", "optimizer")
+
+
+@HOOKS.register_module()
+class CheckpointCheckHook(Hook):
+    """Check what ``load_from``, a resume or a test loads against the whole model, and report the share in one line.
+
+    MMEngine loads with ``strict`` off: what does not fit is a warning in the log, and the run goes on from random
+    weights. This hook sees the checkpoint first. If it does not fit, nothing of it is loaded.
+
+    Args:
+        allow_missing: Names of parameters, or their beginnings in whole dotted parts (``"roi_head.bbox_head.fc_cls"``),
+            that ``load_from`` may lack or have in another shape, such as the head for another number of classes. What
+            one entry covers is taken whole or starts anew whole. A resume needs everything.
+
+    Raises:
+        ConfigError: If ``allow_missing`` is no sequence of names.
+    """
+
+    # Before EMAHook, which copies the weights it is given.
+    priority = "VERY_HIGH"
+
+    def __init__(self, allow_missing: Sequence[str] = ()) -> None:
+        self.allow_missing = check_entries(allow_missing)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Check ``checkpoint`` and leave in it what shall be loaded, under the names of the model.
+
+        Raises:
+            ConfigError: If an entry of ``allow_missing`` is the beginning of no name.
+            CheckpointMismatch: If a tensor is missing, unexpected, of another shape or dtype, or not finite; on a
+                resume also if the checkpoint is not that of a training like this one.
+        """
+        source, model = repr(str(runner._load_from or "given to the runner")), innermost(runner.model)
+        stored = adapt(_without_wrapper(checkpoint.get("state_dict", checkpoint)))
+        if runner._resume:
+            _check_state_of_training(runner, checkpoint, source)
+            match = check(
+                model, stored, source=source, advice="Resume with the config that the training was started with."
+            )
+            if "ema_state_dict" in checkpoint:
+                averaged = _check_average(model, checkpoint["ema_state_dict"], source)
+                checkpoint["ema_state_dict"] = averaged
+        else:
+            match = check(model, stored, allow_missing=self.allow_missing, source=source, advice=_advice(stored, model))
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = dict(match.taken)
+        else:
+            checkpoint.clear()
+            checkpoint.update(match.taken)
+        runner.logger.info(match.line())
+
+
+def _without_wrapper(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries without the prefix of a distributed model, as MMEngine will load them."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _check_state_of_training(runner: Runner, checkpoint: Mapping[str, Any], source: str) -> None:
+    wanted = [*_STATE_OF_A_TRAINING, *(["param_schedulers"] if runner.param_schedulers else [])]
+    missing = [name for name in wanted if name not in checkpoint]
+    if missing:
+        raise CheckpointMismatch(
+            f"checkpoint {source} has no {', '.join(missing)}, expected the state of a training to resume. To start a "
+            "training from its weights, use load_from without --resume."
+        )
+    averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+    if "ema_state_dict" in checkpoint and not averages:
+        raise CheckpointMismatch(
+            f"checkpoint {source} is of a training with averaged weights (EMA), expected one without: its state_dict "
+            "holds the average, not the weights to go on from. Put its EMAHook into custom_hooks."
+        )
+
+
+def _check_average(model: nn.Module, average: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the averaged weights under the names of the model, all checked."""
+    weights = {name.removeprefix("module."): value for name, value in average.items() if name != "steps"}
+    match = check(
+        model,
+        weights,
+        source=f"{source} (ema_state_dict)",
+        advice="Resume with the config the training was started with.",
+    )
+    steps = {"steps": average["steps"]} if "steps" in average else {}
+    return {**steps, **{f"module.{name}": value for name, value in match.taken.items()}}
+
+
+def _advice(stored: Mapping[str, Tensor], model: nn.Module) -> str:
+    found, wanted = recognise(stored), recognise(model.state_dict())
+    if found and wanted and found.form in ("classifier", "backbone") and wanted.form != found.form:
+        return (
+            "Weights of a backbone alone belong into model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...), "
+            "not into load_from."
+        )
+    return (
+        "Give the config the checkpoint was trained with; heads that shall start anew are named in "
+        "custom_hooks=[dict(type='mmvmamba.CheckpointCheckHook', allow_missing=[...])]."
+    )
