@@ -122,7 +122,7 @@ def config(work_dir, *, by_epoch=True, workers=0, length=4, val_interval=1, opti
             dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=7),
             dict(type="CosineAnnealingLR", by_epoch=by_epoch, begin=1, T_max=30),
         ],
-        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1, by_epoch=False), logger=dict(interval=3)),
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1, by_epoch=False), logger=dict(type="LoggerHook", interval=3)),
         custom_hooks=[
             dict(type="mmvmamba.RandomStateHook"),
             dict(type="EMAHook", momentum=0.1, priority="ABOVE_NORMAL"),

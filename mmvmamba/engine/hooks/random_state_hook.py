@@ -66,6 +66,8 @@ class RandomStateHook(Hook, PreparesSave):
         self._gradients = {}
         if self._state is None:
             self._state = take_random_state(with_cuda=True)
+        # Also for a validation that comes before the next iteration.
+        put_random_state(self._state)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:  # noqa: ARG002 (MMEngine's signature)
         """Go on where the last iteration ended."""
