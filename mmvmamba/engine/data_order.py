@@ -186,11 +186,9 @@ class _Order:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[list[Draw] | Draw]:
+        # A generator: PyTorch's iterator over workers asks twice for an iterator and uses the second.
         seed, data_pass, skipped = self._start
         self._start = (seed, data_pass, 0)  # whoever iterates out of turn, as PreciseBNHook does, gets the whole pass
-        return self._draws(seed, data_pass, skipped)
-
-    def _draws(self, seed: int, data_pass: int, skipped: int) -> Iterator[list[Draw] | Draw]:
         # A sampler may draw from the global generators too (PyTorch's RandomSampler, mmdet's GroupMultiSourceSampler):
         # it gets a state of its own, apart from the training's and independent of how far ahead workers load.
         position = 0

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from unittest import mock
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def config(work_dir, *, by_epoch=True, workers=0, length=4, val_interval=1, opti
     Args:
         work_dir: Where checkpoints go.
         by_epoch: Which loop.
-        workers: Of the DataLoader.
+        workers: Of the DataLoader; a single one persists.
         length: Epochs, or iterations.
         val_interval: Epochs or iterations between validations.
         optim: Entries of the optimizer wrapper.
@@ -106,13 +107,18 @@ def config(work_dir, *, by_epoch=True, workers=0, length=4, val_interval=1, opti
         if by_epoch
         else dict(type="mmvmamba.IterBasedTrainLoop", max_iters=length, val_interval=val_interval)
     )
-    loader = dict(batch_size=4, num_workers=workers, dataset=dict(type="TinyImages"))
+    loader = dict(batch_size=4, dataset=dict(type="TinyImages"))
     content = dict(
         default_scope="mmengine",
         work_dir=str(work_dir),
         experiment_name=f"tiny_{next(_numbers)}",
         model=dict(type="TinyModel"),
-        train_dataloader=dict(**loader, sampler=dict(type="DefaultSampler", shuffle=True)),
+        train_dataloader=dict(
+            **loader,
+            num_workers=workers,
+            persistent_workers=workers == 1,
+            sampler=dict(type="DefaultSampler", shuffle=True),
+        ),
         val_dataloader=dict(**loader, sampler=dict(type="DefaultSampler", shuffle=False)),
         train_cfg=loop,
         val_cfg=dict(),
@@ -142,8 +148,10 @@ def train(cfg, checkpoint=None):
     # Whatever was drawn in this process before must not matter.
     random.seed()
     np.random.seed()
-    runner = Runner.from_cfg(cfg)
-    runner.train()
+    # Formatting the config for the log takes longer than training.
+    with mock.patch.object(Config, "pretty_text", ""):
+        runner = Runner.from_cfg(cfg)
+        runner.train()
     return runner
 
 
