@@ -4,13 +4,14 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu check-gpu-code lint format bench bench-gpu bench-gate sanitize clean
+.PHONY: help install demo test test-slow test-gpu check-gpu-code lint format bench bench-gpu bench-gate sanitize clean
 
 help:
 	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first);"
 	@echo "               needs, on Debian: apt-get install python3 python3-venv python3-dev g++ make"
 	@echo "make demo      train, test and draw a VMamba classifier, detector and segmentor (QUICK=1: a short run)"
 	@echo "make test      all tests that need no GPU"
+	@echo "make test-slow the tests that take too long for every change, such as 50 trainings that are killed and resumed"
 	@echo "make test-gpu  the tests that need a CUDA GPU"
 	@echo "make check-gpu-code   compile the CUDA and Triton kernels without a GPU and judge their machine code; needs nvcc"
 	@echo "make lint      ruff, mypy and clang-format, changing nothing"
@@ -31,7 +32,10 @@ demo: install
 	$(PY) tools/demo.py $(if $(filter 1,$(QUICK)),--quick)
 
 test: install
-	$(PY) -m pytest -q -m "not gpu" --durations=15 tests
+	$(PY) -m pytest -q -m "not gpu and not soak" --durations=15 tests
+
+test-slow: install
+	$(PY) -m pytest -q -m soak --durations=15 tests
 
 test-gpu: install
 	$(PY) -m pytest -q -m gpu --durations=15 tests

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from mmvmamba.apis.demo import STAGES, DemoError, _run
+from mmvmamba.apis.demo import STAGES, DemoError, _remove_earlier, _run
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("accuracy", "bbox_mAP", "segm_mAP", "mIoU")
@@ -59,6 +59,19 @@ def test_closing_table_names_metrics_and_files(quick_run: tuple[Path, str]) -> N
     work, output = quick_run
     for text in (*METRICS, str(work / "summary.json"), "quick demo"):
         assert text in output
+
+
+def test_checkpoints_of_an_earlier_demo_are_removed_and_others_are_not(tmp_path: Path, capsys) -> None:
+    names = ["iter_2.pth", "iter_2.pth.json", "last_checkpoint"]
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(DemoError, match="holds checkpoints .*iter_2.pth.* but no train.log of the demo"):
+        _remove_earlier(tmp_path)
+    assert all((tmp_path / name).exists() for name in names)
+    (tmp_path / "train.log").write_text("$ python tools/train.py\n")
+    _remove_earlier(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.log"]
+    assert "removed 1 checkpoints of an earlier demo" in capsys.readouterr().out
 
 
 def test_failing_step_shows_the_end_of_its_output(tmp_path: Path) -> None:

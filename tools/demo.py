@@ -14,7 +14,12 @@ def parse_args() -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(description="The demo on the digits data set.")
     parser.add_argument("--quick", action="store_true", help="a few iterations on a few pictures")
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        help="results folder; those of an earlier demo in it are replaced (default: work_dirs/demo, with --quick "
+        "work_dirs/demo-quick)",
+    )
     parser.add_argument(
         "--data-root", type=Path, help="data folder (default: data/digits, with --quick data/digits-quick)"
     )
@@ -25,8 +30,9 @@ def main() -> int:
     """Run the demo."""
     args = parse_args()
     data_root = args.data_root or Path("data/digits-quick" if args.quick else "data/digits")
+    work_dir = args.work_dir or Path("work_dirs/demo-quick" if args.quick else "work_dirs/demo")
     try:
-        run_demo(Path(__file__).resolve().parents[1], args.work_dir, data_root, args.quick)
+        run_demo(Path(__file__).resolve().parents[1], work_dir, data_root, args.quick)
     except MMVMambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

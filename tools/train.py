@@ -20,7 +20,8 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from this checkpoint, or without a value from the newest in the work dir",
+        help="go on from this checkpoint, or without a value from the newest complete one in the work dir; "
+        "'auto-or-start' starts from the beginning if there is none",
     )
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
@@ -33,9 +34,12 @@ def main() -> None:
     args = parse_args()
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = load_config(args.config, work_dir=args.work_dir, cfg_options=args.cfg_options, launcher=args.launcher)
-    prepare_training(cfg, amp=args.amp, auto_scale_lr=args.auto_scale_lr, resume=args.resume)
+    notes = prepare_training(cfg, amp=args.amp, auto_scale_lr=args.auto_scale_lr, resume=args.resume)
     check_data(cfg, ["train", "val"])
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    for note in notes:
+        runner.logger.info(note)
+    runner.train()
 
 
 if __name__ == "__main__":

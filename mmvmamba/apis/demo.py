@@ -22,6 +22,7 @@ from typing import Any
 from mmvmamba.analysis.curves import plot_curves
 from mmvmamba.analysis.gallery import collect_predictions, save_gallery
 from mmvmamba.apis.runner import load_config
+from mmvmamba.checkpoints import manifest_path
 from mmvmamba.datasets import CLASSES, SEG_CLASSES, DigitsSettings, write_digits
 from mmvmamba.errors import DataError, MMVMambaError
 
@@ -140,6 +141,7 @@ def run_demo(root: Path, work_dir: Path, data_root: Path, quick: bool) -> dict[s
 def _run_stage(stage: Stage, root: Path, folder: Path, data_root: Path, init: Path | None, quick: bool) -> StageResult:
     """Train, test and draw one stage."""
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(folder)
     config = root / stage.config
     options: dict[str, Any] = {key: str(data_root / tail) for key, tail in stage.data_options.items()}
     if quick:
@@ -164,6 +166,28 @@ def _run_stage(stage: Stage, root: Path, folder: Path, data_root: Path, init: Pa
     metrics = _read_metrics(stage, test_dir)
     _draw(stage, config, options, folder, files)
     return StageResult(metrics, train_seconds, test_seconds, files)
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove the checkpoints that an earlier demo left: the training would refuse to overwrite them.
+
+    Raises:
+        DemoError: they are not of a demo.
+    """
+    checkpoints = [path for path in sorted(folder.glob("*.pth")) if path.is_file()]
+    if not checkpoints:
+        return
+    log = folder / "train.log"
+    if not log.is_file() or not log.read_text(errors="replace").startswith("$ "):
+        raise DemoError(
+            f"{folder} holds checkpoints ({checkpoints[0].name}) but no train.log of the demo, expected an empty "
+            "folder or that of an earlier demo. Name another one with --work-dir."
+        )
+    for path in checkpoints:
+        path.unlink()
+        manifest_path(path).unlink(missing_ok=True)
+    (folder / "last_checkpoint").unlink(missing_ok=True)
+    _say(f"removed {len(checkpoints)} checkpoints of an earlier demo in {folder}")
 
 
 def _draw(stage: Stage, config: Path, options: dict[str, Any], folder: Path, files: Mapping[str, Path]) -> None:

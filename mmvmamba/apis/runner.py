@@ -16,8 +16,10 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config import utils as config_utils
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
+from mmvmamba.apis.guards import install_guards
+from mmvmamba.apis.resume import choose_start
 from mmvmamba.errors import CheckpointError, ConfigError
 
 SCOPES = ("mmdet", "mmseg", "mmpretrain")
@@ -92,20 +94,23 @@ def make_mmseg_bases_resolvable() -> None:
         config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
-def prepare_training(cfg: Config, *, amp: bool = False, auto_scale_lr: bool = False, resume: str | None = None) -> None:
-    """Apply the flags of training to ``cfg`` in place.
+def prepare_training(
+    cfg: Config, *, amp: bool = False, auto_scale_lr: bool = False, resume: str | None = None
+) -> list[str]:
+    """Apply the flags of training to ``cfg`` in place, and return lines for the log.
 
     Args:
         cfg: From ``load_config``.
         amp: Train in mixed precision: on an accelerator with MMEngine's wrapper (float16, dynamic loss scale, unless
             the config has its own settings), on a CPU with backbone and neck in bfloat16.
         auto_scale_lr: Scale the learning rate with the real batch size.
-        resume: A checkpoint file, ``"auto"`` for the newest in the work dir, or None.
+        resume: A checkpoint file, ``"auto"`` for the newest complete one in the work dir, ``"auto-or-start"`` for the
+            same unless there is none, or None for a training from the beginning.
 
     Raises:
         ConfigError: If mixed precision is asked for on a CPU that does not multiply bfloat16 or with an unusual
-            optimizer wrapper, or the config names no base batch size.
-        CheckpointError: If there is nothing to resume from.
+            optimizer wrapper, the config names no base batch size, or it has another seed than the checkpoint.
+        CheckpointError: If there is nothing to resume from, or the work dir holds checkpoints of another training.
     """
     if amp:
         _set_amp(cfg)
@@ -116,9 +121,7 @@ def prepare_training(cfg: Config, *, amp: bool = False, auto_scale_lr: bool = Fa
                 "learning rate is meant for. Add auto_scale_lr=dict(base_batch_size=...)."
             )
         cfg.auto_scale_lr.enable = True
-    if resume is not None:
-        cfg.resume = True
-        cfg.load_from = _checkpoint_to_resume(cfg.work_dir, resume)
+    return choose_start(cfg, resume)
 
 
 def _set_amp(cfg: Config) -> None:
@@ -147,16 +150,6 @@ def _set_amp(cfg: Config) -> None:
 def _cpu_multiplies_bfloat16() -> bool:
     # Other builds of PyTorch may lack the operator, and then the fast products, too.
     return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _checkpoint_to_resume(work_dir: str, resume: str) -> str:
-    path = find_latest_checkpoint(work_dir) if resume == "auto" else resume
-    if path is None or not Path(path).is_file():
-        raise CheckpointError(
-            f"--resume: found no checkpoint {path or 'in ' + repr(work_dir)}, expected one to go on from. Give its "
-            "path, or drop --resume to start from the beginning."
-        )
-    return path
 
 
 def prepare_testing(
@@ -200,8 +193,12 @@ def prepare_testing(
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner the config asks for."""
-    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    """Build the runner the config asks for, with the hooks that keep weights and checkpoints safe."""
+    notes = install_guards(cfg)
+    runner: Runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    for note in notes:
+        runner.logger.info(note)
+    return runner
 
 
 def _draw_predictions(cfg: Config, show_dir: str) -> None:

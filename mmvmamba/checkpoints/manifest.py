@@ -28,6 +28,7 @@ class Manifest:
         seed: Seed of the training, or None likewise.
         world_size: Number of processes that trained, or None likewise.
         versions: Name of a program -> version, such as ``{"torch": "2.11.0"}``.
+        resumable: Whether a training can go on from the file (it holds the state of the optimizer).
         source: Where a converted or downloaded file came from (URL, file name, sha256), or None.
     """
 
@@ -38,6 +39,7 @@ class Manifest:
     seed: int | None = None
     world_size: int | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    resumable: bool = False
     source: Mapping[str, str] | None = None
 
 
@@ -48,9 +50,13 @@ def manifest_path(checkpoint: Path) -> Path:
 
 def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
     """Write the manifest of a finished checkpoint beside it, atomically."""
-    content = {"format": _FORMAT, "file": checkpoint.name, **dataclasses.asdict(manifest)}
     with replacing(manifest_path(checkpoint)) as path:
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_text(manifest_text(checkpoint, manifest))
+
+
+def manifest_text(checkpoint: Path, manifest: Manifest) -> str:
+    """Return what the manifest's file of a checkpoint holds."""
+    return json.dumps({"format": _FORMAT, "file": checkpoint.name, **dataclasses.asdict(manifest)}, indent=2) + "\n"
 
 
 def read_manifest(checkpoint: Path) -> Manifest | None:

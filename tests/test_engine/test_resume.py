@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 
 from mmvmamba.engine import RandomStateHook
 from mmvmamba.errors import CheckpointError
-from tests.test_engine.tiny_training import config, differences, state, train
+from tests.test_engine.random_training import config, differences, state, train
 
 ITERATIONS = 40
 #: Name -> arguments of ``config``. There are 5 iterations per epoch, so 8 epochs.

@@ -121,7 +121,7 @@ test_cfg = dict(type="TestLoop")
 
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=400, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=400, max_keep_ckpts=2),
 )
 log_processor = dict(window_size=20, by_epoch=False)
 custom_hooks = [dict(type="mmvmamba.PretrainedCheckHook")]

@@ -1,0 +1,139 @@
+"""Where a training starts: from the beginning in an empty work dir, or from a checkpoint that is proved whole."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mmvmamba.checkpoints.manifest import read_manifest
+from mmvmamba.checkpoints.resume import TrainingState, newest_complete, training_state
+from mmvmamba.checkpoints.writer import program_versions
+from mmvmamba.errors import CheckpointError, ConfigError
+
+#: Values of ``--resume`` that name no file.
+AUTO, AUTO_OR_START = "auto", "auto-or-start"
+_NAMES = ("epoch_{}.pth", "iter_{}.pth", "best_{}.pth")
+_SHOWN = 5
+
+
+def choose_start(cfg: Config, resume: str | None) -> list[str]:
+    """Decide from what a training starts and write it into ``cfg``; return lines for the log.
+
+    Args:
+        cfg: From ``load_config``.
+        resume: A checkpoint file; ``"auto"`` for the newest complete one of the work dir; ``"auto-or-start"`` likewise,
+            but an empty work dir is no error; None for a training from the beginning (or what ``resume`` and
+            ``load_from`` of the config itself say).
+
+    Raises:
+        CheckpointError: If there is nothing to go on from, the given file is not whole or older than one in the work
+            dir, or a training from the beginning would overwrite checkpoints.
+        ConfigError: If the config has another seed than the checkpoint.
+    """
+    if resume is None and cfg.get("resume"):
+        resume = cfg.get("load_from") or AUTO
+    folder = checkpoint_folder(cfg)
+    if resume is None or (resume == AUTO_OR_START and not checkpoints_in(folder, cfg)):
+        _refuse_to_overwrite(folder, cfg)
+        return []
+    notes: list[str] = []
+    if resume in (AUTO, AUTO_OR_START):
+        path, notes = _newest(folder)
+        state = training_state(path)
+    else:
+        path = Path(resume)
+        state = training_state(path)
+        _refuse_to_overwrite_newer(folder, path, state)
+    _take_seed(cfg, path, state)
+    cfg.resume = True
+    cfg.load_from = str(path)
+    where = f"{state.iteration} iterations, {state.epoch} epochs finished"
+    return [*notes, f"Resuming from {path} ({where}).", *_changed_versions(state)]
+
+
+def checkpoint_folder(cfg: Config) -> Path:
+    """Return the folder that the checkpoint hook of a config saves to: the work dir, or a folder in its ``out_dir``."""
+    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    out_dir = hook.get("out_dir")
+    if out_dir is None or out_dir == cfg.work_dir:
+        return Path(cfg.work_dir)
+    return Path(out_dir, Path(cfg.work_dir).name)
+
+
+def checkpoints_in(folder: Path, cfg: Config) -> list[Path]:
+    """Return the files of a folder that a training of this config might overwrite or delete."""
+    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    templates = [*_NAMES, hook.get("filename_tmpl") or _NAMES[0]]
+    patterns = [".*".join(re.escape(part) for part in template.split("{}")) for template in templates]
+    named = re.compile("|".join(patterns))
+    return [
+        path for path in sorted(folder.glob("*")) if path.is_file() and (named.fullmatch(path.name) or _is_ours(path))
+    ]
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest.iteration is not None
+
+
+def _refuse_to_overwrite(folder: Path, cfg: Config) -> None:
+    found = checkpoints_in(folder, cfg)
+    if found:
+        names = ", ".join(path.name for path in found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+        raise CheckpointError(
+            f"work dir {str(folder)!r} holds {len(found)} checkpoints ({names}), expected none: a training from the "
+            "beginning would overwrite them. Go on from them with --resume, or name another folder with --work-dir."
+        )
+
+
+def _newest(folder: Path) -> tuple[Path, list[str]]:
+    path, passed_over = newest_complete(folder)
+    notes = [f"Passed over {skipped.name}: {reason}" for skipped, reason in passed_over]
+    if path is None:
+        reasons = "".join("\n  " + note for note in notes)
+        raise CheckpointError(
+            f"--resume: found no checkpoint in {str(folder)!r} that a training can go on from, expected one. Give its "
+            f"path, drop --resume to start from the beginning, or use --resume {AUTO_OR_START}.{reasons}"
+        )
+    return path, notes
+
+
+def _refuse_to_overwrite_newer(folder: Path, path: Path, state: TrainingState) -> None:
+    newest = newest_complete(folder).path
+    if newest is None or newest.resolve() == path.resolve():
+        return
+    found = training_state(newest)
+    if (found.iteration, found.epoch) > (state.iteration, state.epoch):
+        raise CheckpointError(
+            f"--resume: {str(path)!r} has {state.iteration} iterations, but the work dir {str(folder)!r} holds "
+            f"{newest.name} with {found.iteration}, expected none that is newer: it would be overwritten, or taken by "
+            "the next --resume. Name another folder with --work-dir, or move the newer ones away."
+        )
+
+
+def _take_seed(cfg: Config, path: Path, state: TrainingState) -> None:
+    """Give the runner the checkpoint's seed from the start: it makes the sampler before it reads the checkpoint."""
+    wanted: Any = (cfg.get("randomness") or {}).get("seed")
+    if state.seed is None or wanted == state.seed:
+        return
+    if wanted is not None:
+        raise ConfigError(
+            f"randomness.seed is {wanted}, expected {state.seed}, with which {str(path)!r} was trained: another seed "
+            "would change the order of the data in mid-training. Remove it from the config, or start a new training "
+            "from the weights alone (load_from)."
+        )
+    cfg.merge_from_dict({"randomness.seed": state.seed})
+
+
+def _changed_versions(state: TrainingState) -> list[str]:
+    now = program_versions()
+    changed = [f"{name} {then} -> {now.get(name)}" for name, then in state.versions.items() if now.get(name) != then]
+    if not changed:
+        return []
+    return [f"Other versions than before ({', '.join(changed)}): the training goes on, but not bit for bit the same."]
