@@ -11,6 +11,9 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+
+from mmvmamba.engine import RandomStateHook
 
 _OURS = "mmvmamba.CheckpointHook"
 _REMOTE = ("backend_args", "file_client_args")
@@ -42,7 +45,40 @@ def _is_mmengines(kind: Any) -> bool:
     return kind is MMEngineCheckpointHook or kind in ("CheckpointHook", "mmengine.CheckpointHook")
 
 
-_GUARDS: tuple[Callable[[Config], str | None], ...] = (use_our_checkpoint_hook,)
+def use_resumable_loops(cfg: Config) -> str | None:
+    """Replace MMEngine's own training loop by ours of the same name, and add the hook that keeps random states.
+
+    ``type='mmengine.EpochBasedTrainLoop'``, with the scope, is left alone: that is how a config says that it wants
+    MMEngine's loop.
+    """
+    loop = cfg.get("train_cfg")
+    if not isinstance(loop, dict) or cfg.get("runner_type", "Runner") != "Runner":
+        return None
+    hooks = cfg.get("custom_hooks") or []
+    if not any(isinstance(hook, dict) and hook.get("type") in _RANDOM_STATE for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type=_RANDOM_STATE[0])]
+    kind = loop.get("type") or _LOOPS_BY_EPOCH.get(loop.get("by_epoch"))
+    ours = _LOOPS.get(kind)
+    if ours is None:
+        known = kind is None or (isinstance(kind, str) and kind.startswith("mmvmamba."))
+        return None if known else f"The training loop is {kind}: a resumed training may not be bit for bit the same."
+    loop.pop("by_epoch", None)
+    loop["type"] = ours
+    return f"The training loop is {ours} in place of MMEngine's, so that resuming is bit for bit."
+
+
+_RANDOM_STATE = ("mmvmamba.RandomStateHook", RandomStateHook)
+_LOOPS = {
+    name: ours
+    for ours, stock in (
+        ("mmvmamba.EpochBasedTrainLoop", EpochBasedTrainLoop),
+        ("mmvmamba.IterBasedTrainLoop", IterBasedTrainLoop),
+    )
+    for name in (stock, stock.__name__)
+}
+_LOOPS_BY_EPOCH = {True: "EpochBasedTrainLoop", False: "IterBasedTrainLoop"}
+
+_GUARDS: tuple[Callable[[Config], str | None], ...] = (use_our_checkpoint_hook, use_resumable_loops)
 
 
 def install_guards(cfg: Config) -> list[str]:

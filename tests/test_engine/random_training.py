@@ -29,13 +29,14 @@ class TinyImages:
     """Random crops, flips and noise, each from another library's generator.
 
     Args:
-        metainfo: As data sets of mm* have it.
+        size: Pixels of a side, of which 2 are cropped.
     """
 
-    def __init__(self, samples=SAMPLES, metainfo=None):
+    def __init__(self, size=8):
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(samples, 3, 8, 8, generator=generator)
-        self.labels = torch.randint(0, 4, (samples,), generator=generator)
+        self.crop = size - 2
+        self.images = torch.randn(SAMPLES, 3, size, size, generator=generator)
+        self.labels = torch.randint(0, 4, (SAMPLES,), generator=generator)
         self.metainfo = {"classes": ("a", "b", "c", "d")}
 
     def __len__(self):
@@ -49,21 +50,38 @@ class TinyImages:
         if random.random() < 0.5:
             image = image.flip(-1)
         x, y = np.random.randint(0, 3, 2)
-        image = image[:, y : y + 6, x : x + 6] * float(np.random.normal(1, 0.1))
-        return {"inputs": image + torch.randn(3, 6, 6) * 0.1, "label": int(self.labels[index])}
+        image = image[:, y : y + self.crop, x : x + self.crop] * float(np.random.normal(1, 0.1))
+        return {"inputs": image + torch.randn_like(image) * 0.1, "label": int(self.labels[index])}
+
+
+class Last(nn.Module):
+    """Pick the last feature map."""
+
+    def forward(self, features):
+        return features[-1]
 
 
 @MODELS.register_module(force=True)
 class TinyModel(BaseModel):
-    """Dropout, drop path and batch norm in a few parameters."""
+    """Dropout, drop path and batch norm in a few parameters.
 
-    def __init__(self):
+    Args:
+        vmamba: Have a VMamba nano as the backbone.
+    """
+
+    def __init__(self, vmamba=False):
         super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU())
-        self.branch = nn.Conv2d(8, 8, 1)
+        if vmamba:
+            backbone = MODELS.build(dict(type="mmvmamba.VMamba", arch="nano", out_indices=(3,), drop_path_rate=0.3))
+            channels = backbone.arch.dims[-1]
+            self.backbone = nn.Sequential(backbone, Last(), nn.BatchNorm2d(channels))
+        else:
+            channels = 8
+            self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU())
+        self.branch = nn.Conv2d(channels, channels, 1)
         self.drop_path = DropPath(0.3)
         self.dropout = nn.Dropout(0.3)
-        self.head = nn.Linear(8, 4)
+        self.head = nn.Linear(channels, 4)
 
     def forward(self, inputs, label, mode="tensor"):
         features = self.backbone(torch.stack(inputs) if isinstance(inputs, list) else inputs)
@@ -128,7 +146,10 @@ def config(work_dir, *, by_epoch=True, workers=0, length=4, val_interval=1, opti
             dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=7),
             dict(type="CosineAnnealingLR", by_epoch=by_epoch, begin=1, T_max=30),
         ],
-        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1, by_epoch=False), logger=dict(type="LoggerHook", interval=3)),
+        default_hooks=dict(
+            checkpoint=dict(type="mmvmamba.CheckpointHook", interval=1, by_epoch=False),
+            logger=dict(type="LoggerHook", interval=3),
+        ),
         custom_hooks=[
             dict(type="mmvmamba.RandomStateHook"),
             dict(type="EMAHook", momentum=0.1, priority="ABOVE_NORMAL"),
@@ -158,33 +179,34 @@ def train(cfg, checkpoint=None):
 def state(runner):
     """Return all that must be equal bit for bit, as a flat dict."""
     flat = {}
-    _flatten("model", runner.model.state_dict(), flat)
-    _flatten("optimizer", runner.optim_wrapper.state_dict(), flat)
-    _flatten("schedulers", [one.state_dict() for one in runner.param_schedulers], flat)
+    flatten("model", runner.model.state_dict(), flat)
+    flatten("optimizer", runner.optim_wrapper.state_dict(), flat)
+    flatten("schedulers", [one.state_dict() for one in runner.param_schedulers], flat)
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
-            _flatten("ema", hook.ema_model.state_dict(), flat)
+            flatten("ema", hook.ema_model.state_dict(), flat)
     for name, buffer in runner.message_hub.log_scalars.items():
         if name.rpartition("/")[2] not in CLOCKS:
             values, counts = buffer.data
-            _flatten(f"scalar {name}", [torch.as_tensor(values.copy()), torch.as_tensor(counts.copy())], flat)
-    _flatten("python", random.getstate(), flat)
-    _flatten("numpy", np.random.get_state()[1].tolist(), flat)
-    _flatten("torch", torch.get_rng_state(), flat)
+            flatten(f"scalar {name}", [torch.as_tensor(values.copy()), torch.as_tensor(counts.copy())], flat)
+    flatten("python", random.getstate(), flat)
+    flatten("numpy", np.random.get_state()[1].tolist(), flat)
+    flatten("torch", torch.get_rng_state(), flat)
     flat["counters"] = (runner.epoch, runner.iter)
     return flat
 
 
-def _flatten(name, value, flat):
+def flatten(name, value, flat):
+    """Put the leaves of nested dicts and lists into ``flat``, under dotted names."""
     if isinstance(value, dict):
         for key, item in value.items():
-            _flatten(f"{name}.{key}", item, flat)
+            flatten(f"{name}.{key}", item, flat)
     elif isinstance(value, (list, tuple)):
         if all(isinstance(item, (int, float, type(None))) for item in value):
             flat[name] = list(value)
         else:
             for number, item in enumerate(value):
-                _flatten(f"{name}.{number}", item, flat)
+                flatten(f"{name}.{number}", item, flat)
     else:
         flat[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
 
@@ -197,5 +219,7 @@ def differences(first, second):
 
 def _same(one, other):
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
+        return (
+            one.dtype == other.dtype and one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
+        )
     return type(one) is type(other) and one == other

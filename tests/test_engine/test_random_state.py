@@ -92,4 +92,6 @@ def test_seeds_stay_what_they_are():
     """Another hash would give resumed trainings other augmentations than they began with."""
     assert mix_seed(1, 2, 3) == 13041116711478803063
     assert mix_seed(0) == 1786884285633530058
-    assert len({mix_seed(seed, rank, 0, place) for seed in range(5) for rank in range(5) for place in range(40)}) == 1000
+    assert (
+        len({mix_seed(seed, rank, 0, place) for seed in range(5) for rank in range(5) for place in range(40)}) == 1000
+    )

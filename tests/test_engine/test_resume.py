@@ -45,13 +45,38 @@ def _resumed(folder, tmp_path, iteration, **arguments):
     return train(cfg, folder / f"iter_{iteration}.pth")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_resume_from_each_of_40_iterations_is_bitwise_equal(uninterrupted, tmp_path, name):
+ALL = range(1, ITERATIONS + 1)
+#: The first, around the edges of epochs and of accumulation, and the last.
+SOME = (1, 4, 5, 6, 23, 39, 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "iterations"),
+    [
+        ("epochs", ALL),
+        ("iterations", ALL),
+        ("bfloat16", SOME),
+        ("accumulation", range(19, 26)),
+        ("one worker", SOME),
+        ("two workers", SOME),
+        pytest.param("bfloat16", ALL, marks=pytest.mark.soak),
+        pytest.param("accumulation", ALL, marks=pytest.mark.soak),
+        pytest.param("one worker", ALL, marks=pytest.mark.soak),
+        pytest.param("two workers", ALL, marks=pytest.mark.soak),
+    ],
+)
+def test_resumed_training_is_bitwise_equal(uninterrupted, tmp_path, name, iterations):
     expected, folder = uninterrupted(name)
     assert expected["counters"][1] == ITERATIONS
     wrong = {}
-    for iteration in range(1, ITERATIONS + 1):
+    for iteration in iterations:
         runner = _resumed(folder, tmp_path, iteration, **VARIANTS[name])
         if found := differences(expected, state(runner)):
             wrong[iteration] = found
     assert not wrong
+    print(f"{name}: {len(iterations)} of {len(iterations)} resumed trainings bitwise equal")
+
+
+@pytest.mark.parametrize("name", ["one worker", "two workers"])
+def test_workers_change_nothing(uninterrupted, name):
+    assert not differences(uninterrupted("epochs")[0], uninterrupted(name)[0])
