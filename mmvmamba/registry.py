@@ -8,6 +8,7 @@ nothing that a file holds (``mmvmamba.checkpoints.mmengine_loader``).
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
@@ -21,8 +22,10 @@ MODELS = Registry("model", parent=MMENGINE_MODELS, scope="mmvmamba", locations=[
 
 HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="mmvmamba", locations=["mmvmamba.engine"])
 
+LOOPS = Registry("loop", parent=MMENGINE_LOOPS, scope="mmvmamba", locations=["mmvmamba.engine"])
+
 OPTIM_WRAPPERS = Registry(
     "optim_wrapper", parent=MMENGINE_OPTIM_WRAPPERS, scope="mmvmamba", locations=["mmvmamba.engine"]
 )
 
-__all__ = ["HOOKS", "MODELS", "OPTIM_WRAPPERS"]
+__all__ = ["HOOKS", "LOOPS", "MODELS", "OPTIM_WRAPPERS"]

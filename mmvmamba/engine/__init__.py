@@ -1,6 +1,28 @@
 """What the MMEngine runner calls."""
 
-from mmvmamba.engine.hooks import CheckpointCheckHook, CheckpointHook, PreparesSave, PretrainedCheckHook
+from mmvmamba.engine.hooks import (
+    CheckpointCheckHook,
+    CheckpointHook,
+    InterruptHook,
+    LastBatchHook,
+    NonFiniteHook,
+    PreparesSave,
+    PretrainedCheckHook,
+    RandomStateHook,
+)
+from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmvmamba.engine.optimizers import Bfloat16OptimWrapper
 
-__all__ = ["Bfloat16OptimWrapper", "CheckpointCheckHook", "CheckpointHook", "PreparesSave", "PretrainedCheckHook"]
+__all__ = [
+    "Bfloat16OptimWrapper",
+    "CheckpointCheckHook",
+    "CheckpointHook",
+    "EpochBasedTrainLoop",
+    "InterruptHook",
+    "IterBasedTrainLoop",
+    "LastBatchHook",
+    "NonFiniteHook",
+    "PreparesSave",
+    "PretrainedCheckHook",
+    "RandomStateHook",
+]
