@@ -1,7 +1,17 @@
 """Hooks, one class per file."""
 
 from mmvmamba.engine.hooks.checkpoint_hook import CheckpointHook
+from mmvmamba.engine.hooks.interrupt_hook import InterruptHook
+from mmvmamba.engine.hooks.last_batch_hook import LastBatchHook
+from mmvmamba.engine.hooks.non_finite_hook import NonFiniteHook
 from mmvmamba.engine.hooks.prepares_save import PreparesSave
 from mmvmamba.engine.hooks.pretrained_check_hook import PretrainedCheckHook
 
-__all__ = ["CheckpointHook", "PreparesSave", "PretrainedCheckHook"]
+__all__ = [
+    "CheckpointHook",
+    "InterruptHook",
+    "LastBatchHook",
+    "NonFiniteHook",
+    "PreparesSave",
+    "PretrainedCheckHook",
+]
