@@ -42,9 +42,35 @@ def _is_mmengines(kind: Any) -> bool:
     return kind is MMEngineCheckpointHook or kind in ("CheckpointHook", "mmengine.CheckpointHook")
 
 
-_GUARDS: tuple[Callable[[Config], str | None], ...] = (use_our_checkpoint_hook,)
+def guard_failures(cfg: Config) -> str | None:
+    """Stop at losses and gradients that are not finite, save on signals, know the batch when memory runs out."""
+    for name in ("NonFiniteHook", "InterruptHook", "LastBatchHook"):
+        add_hook(cfg, name)
+    return None
+
+
+_GUARDS: tuple[Callable[[Config], str | None], ...] = (use_our_checkpoint_hook, guard_failures)
 
 
 def install_guards(cfg: Config) -> list[str]:
     """Add all of them to a config, in place; return lines for the log."""
     return [line for guard in _GUARDS if (line := guard(cfg)) is not None]
+
+
+def add_hook(cfg: Config, name: str, **arguments: Any) -> None:
+    """Add a hook of mmvmamba to ``custom_hooks`` unless the config has one.
+
+    Args:
+        cfg: The config, changed in place.
+        name: The hook's class. A hook of this name is left as it is, whether given by name, with or without scope, by
+            class or built.
+        arguments: Its arguments.
+    """
+    hooks = list(cfg.get("custom_hooks") or [])
+    if not any(_class_name(hook) == name for hook in hooks):
+        cfg.custom_hooks = [*hooks, ConfigDict(type=f"mmvmamba.{name}", **arguments)]
+
+
+def _class_name(hook: Any) -> str:
+    kind = hook.get("type") if isinstance(hook, dict) else type(hook)
+    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
