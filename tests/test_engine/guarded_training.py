@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
@@ -20,6 +22,7 @@ PLACES = ("loss", "gradient", "input")
 BATCH = 2
 
 
+@DATASETS.register_module(force=True)
 class Images(Dataset):
     """Random images under file names; those of iteration ``poisoned`` hold ``value`` if ``place`` is the input."""
 
@@ -71,6 +74,16 @@ class Model(BaseModel):
         return {"loss_main": loss, "loss_parts": [0.1 * loss, 0 * loss], "accuracy": torch.tensor(float("nan"))}
 
 
+@MODELS.register_module(force=True)
+class SlowModel(Model):
+    """Takes a moment for each batch, so that a signal from outside finds it at work."""
+
+    def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
+        time.sleep(0.02)
+        return super().forward(inputs, data_samples, mode)
+
+
+@METRICS.register_module(force=True)
 class Count(BaseMetric):
     """Counts validation samples."""
 
@@ -79,6 +92,27 @@ class Count(BaseMetric):
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         return {"count": float(len(results))}
+
+
+@HOOKS.register_module(force=True)
+class Progress(Hook):
+    """Tell another process how far the training is, by files in a folder: how many iterations, what it does."""
+
+    priority = "LOW"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        with (self.folder / "iterations").open("a") as file:
+            file.write(f"{runner.iter + 1}\n")
+
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        (self.folder / "validating").touch()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        (self.folder / "saving").touch()
+        time.sleep(0.2)
 
 
 class Snapshots(Hook):
