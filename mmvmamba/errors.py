@@ -57,6 +57,10 @@ class NonFiniteLossError(MMVMambaError, FloatingPointError):
     """A loss or a gradient is NaN or infinite; the weights are those of the last good step."""
 
 
+class OutOfMemory(MMVMambaError, RuntimeError):
+    """A training did not find enough memory; the checkpoints are as they were."""
+
+
 class TrainingInterrupted(MMVMambaError):
     """A signal ended the training after a checkpoint was written.
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-from mmvmamba.apis import add_shared_arguments, build_runner, check_data, load_config, prepare_training
-from mmvmamba.errors import MMVMambaError
+from mmvmamba.apis import (
+    add_shared_arguments,
+    build_runner,
+    check_data,
+    load_config,
+    prepare_training,
+    run_command,
+    train,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,11 +45,8 @@ def main() -> None:
     runner = build_runner(cfg)
     for note in notes:
         runner.logger.info(note)
-    runner.train()
+    train(runner)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MMVMambaError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

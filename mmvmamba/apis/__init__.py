@@ -1,6 +1,7 @@
 """What the command lines in ``tools/`` do, importable."""
 
 from mmvmamba.apis.data import check_data
+from mmvmamba.apis.failures import run_command, train
 from mmvmamba.apis.runner import add_shared_arguments, build_runner, load_config, prepare_testing, prepare_training
 from mmvmamba.apis.weights import check_weights
 
@@ -12,4 +13,6 @@ __all__ = [
     "load_config",
     "prepare_testing",
     "prepare_training",
+    "run_command",
+    "train",
 ]

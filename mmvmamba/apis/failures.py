@@ -1,0 +1,125 @@
+"""How a training ends when it does not end by itself: advice for want of memory, exit codes for signals."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from mmvmamba.engine import InterruptHook, LastBatchHook
+from mmvmamba.engine.batches import image_shapes
+from mmvmamba.errors import MMVMambaError, OutOfMemory, TrainingInterrupted
+
+#: What PyTorch's allocator for the CPU writes into its RuntimeError, which has no class of its own.
+_CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+def train(runner: Runner) -> None:
+    """Let a runner train; the signal handlers are as before when this returns or raises.
+
+    Raises:
+        OutOfMemory: If there was not enough memory; all other exceptions are those of ``runner.train``.
+    """
+    try:
+        runner.train()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(_advice(runner, error)) from error
+    finally:
+        for hook in runner.hooks:
+            if isinstance(hook, InterruptHook):
+                hook.restore()
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run the main function of a command line and exit as a shell expects.
+
+    0 after success, 1 with one line after an error that mmvmamba raises on purpose, 128 plus the number of the signal
+    that has ended a training. Other exceptions keep their traceback.
+    """
+    try:
+        main()
+    except TrainingInterrupted as stop:
+        # The checkpoint is written: what the scheduler sends now must not change the exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        sys.stderr.write(f"interrupted: {stop}\n")
+        sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted by Ctrl-C; nothing was saved at this point, earlier checkpoints are untouched\n")
+        sys.exit(128 + signal.SIGINT)
+    except MMVMambaError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory, of a GPU or of the machine, ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_ALLOCATOR)
+
+
+def _advice(runner: Runner, error: BaseException) -> str:
+    checkpoint = find_latest_checkpoint(runner.work_dir)
+    saved = (
+        f"the newest checkpoint, {checkpoint}, is untouched; go on from it with --resume"
+        if checkpoint is not None and Path(checkpoint).is_file()
+        else "there is no checkpoint yet"
+    )
+    return (
+        f"out of memory in iteration {runner.iter + 1}, at {_place(error)}: {_first_sentences(error)}\n"
+        f"  batch: {_batch(runner)}\n"
+        f"  try one of: {'; '.join(_remedies(runner))}\n"
+        f"  {saved}"
+    )
+
+
+def _batch(runner: Runner) -> str:
+    hook = next((hook for hook in runner.hooks if isinstance(hook, LastBatchHook)), None)
+    shapes = image_shapes(hook.batch) if hook is not None else []
+    if hook is None or not shapes:
+        return "its images are unknown"
+    largest = max(shapes, key=lambda shape: shape[-1] * shape[-2])
+    many = "1 image" if len(shapes) == 1 else f"{len(shapes)} images"
+    where = "" if hook.stage == "train" else " of the validation"
+    return f"{many}{where} per process, the largest {' x '.join(map(str, largest))} (channels, height, width)"
+
+
+def _remedies(runner: Runner) -> list[str]:
+    """Return what the config does not do yet, the cheapest first."""
+    cfg = runner.cfg
+    remedies = []
+    kind = type(runner.optim_wrapper).__name__
+    if "Amp" not in kind and "Bfloat16" not in kind:
+        remedies.append("--amp (mixed precision)")
+    backbone = cfg.get("model", {}).get("backbone", {}) if isinstance(cfg.get("model"), dict) else {}
+    if backbone and not backbone.get("with_cp"):
+        remedies.append("--cfg-options model.backbone.with_cp=True (recomputes blocks in the backward pass)")
+    loader = cfg.get("train_dataloader")
+    size = loader.get("batch_size") if isinstance(loader, dict) else None
+    if size is None or size > 1:
+        smaller = f"={size // 2}" if size else ", smaller"
+        remedies.append(
+            f"--cfg-options train_dataloader.batch_size{smaller} (adapt the learning rate: --auto-scale-lr)"
+        )
+    return [*remedies, "smaller images in the pipeline"]
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "mmvmamba" in Path(frame.filename).parts]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno} ({frame.name})"
+
+
+def _first_sentences(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ..."

@@ -1,0 +1,73 @@
+"""DataLoader workers that outlive a signal meant for the training.
+
+Ctrl-C reaches every process of the terminal's group, and Slurm signals every process of a job step. A worker that dies
+of it makes PyTorch raise an error in the main process, in the middle of an iteration and before a checkpoint is
+written. So workers leave these signals to the main process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+
+class WorkerShield:
+    """Let the workers that the given DataLoaders start from now on ignore SIGINT, SIGUSR1 and most SIGTERM.
+
+    PyTorch and Python's multiprocessing end a worker that does not end by itself by SIGTERM; that one, since it comes
+    from the main process, is obeyed.
+
+    Args:
+        loaders: DataLoaders; workers that run already are not reached.
+    """
+
+    def __init__(self, loaders: Iterable[DataLoader[Any]]) -> None:
+        self._loaders = list(loaders)
+        for loader in self._loaders:
+            loader.worker_init_fn = _ShieldedStart(loader.worker_init_fn, os.getpid())
+
+    def lift(self) -> None:
+        """Let workers to come start as before."""
+        for loader in self._loaders:
+            if isinstance(loader.worker_init_fn, _ShieldedStart):
+                loader.worker_init_fn = loader.worker_init_fn.inner
+        self._loaders = []
+
+
+class _ShieldedStart:
+    """What a worker calls first, in place of the DataLoader's own ``worker_init_fn``; a class, to be pickled."""
+
+    def __init__(self, inner: Callable[[int], None] | None, parent: int) -> None:
+        self.inner = inner
+        self._parent = parent
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        # A handler of Python's does not learn who has sent a signal; a thread that waits for it does. Blocked first, in
+        # this thread and so in all that it starts, the signal reaches nobody else.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=self._obey_the_parent, name="sigterm", daemon=True).start()
+        if self.inner is not None:
+            self.inner(worker)
+
+    def _obey_the_parent(self) -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != self._parent:
+            pass
+        os._exit(0)  # as PyTorch's own handler does for a SIGTERM of the main process
+
+
+def loaders_of(loops: Iterable[Any]) -> list[DataLoader[Any]]:
+    """Return the DataLoaders of MMEngine loops, with those that another one keeps to do its work."""
+    found: list[DataLoader[Any]] = []
+    for loop in loops:
+        loader = getattr(loop, "dataloader", None)
+        if isinstance(loader, DataLoader):
+            found.append(loader)
+            found += [inner for inner in vars(loader).values() if isinstance(inner, DataLoader)]
+    return found

@@ -1,0 +1,236 @@
+"""NonFiniteHook: whatever is NaN or infinite stops before the weights, with a report that names the cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmengine")
+
+from mmengine.registry import HOOKS
+from torch.amp.grad_scaler import GradScaler
+
+from mmvmamba.engine import NonFiniteHook
+from mmvmamba.errors import ConfigError, NonFiniteLossError
+from tests.test_engine.guarded_training import PLACES, Model, Poison, Snapshots, differing, make_runner, state_of
+
+ROOT = Path(__file__).parents[2]
+VALUES = {"nan": float("nan"), "inf": float("inf")}
+WRAPPERS = {
+    "plain": {},
+    "clipping": {"clip_grad": {"max_norm": 1.0}},
+    "accumulation": {"accumulative_counts": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setattr("mmengine.runner.runner.Runner.dump_config", lambda self: None)
+
+
+def _train_until_it_stops(runner) -> str:
+    with pytest.raises(NonFiniteLossError) as stop:
+        runner.train()
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_training_stops_with_the_state_before_the_bad_step(tmp_path, place, value, wrapper):
+    """D7, 18 of the 24 cases; the other six are the distributed ones below."""
+    snapshots = Snapshots()
+    poison = Poison(place, VALUES[value], 5)
+    runner = make_runner(tmp_path, [snapshots, NonFiniteHook()], poison=poison, optim_wrapper=WRAPPERS[wrapper])
+    message = _train_until_it_stops(runner)
+    # With two passes to a step, iteration 5 is the first of its pair and iteration 6 makes the step.
+    stops_at = 6 if wrapper == "accumulation" else 5
+    assert differing(snapshots.before[4], state_of(runner)) == []
+    assert message.startswith(f"iteration {stops_at} (epoch 1): ")
+    assert "images/008.jpg, images/009.jpg" in message
+    assert ("images/010.jpg" in message) is (stops_at == 6)
+    assert ("images not finite" in message) is False
+    assert ("not finite before the model: images/008.jpg (1 of 192 values)" in message) is (place == "input")
+    if place == "gradient":
+        assert re.search(r"losses: loss_main \d", message)
+        assert re.search(
+            r"gradients not finite in \d of 6 parameters: conv\.weight \(\d+ NaN, \d+ infinite of 108", message
+        )
+    else:
+        assert re.search(r"losses: loss_main (nan|inf)", message)
+    assert "learning rate 0.01" in message and "loss scale" not in message
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_without_the_hook_the_weights_are_lost(tmp_path, wrapper):
+    """The tests above can fail."""
+    runner = make_runner(tmp_path, [], poison=Poison("loss", VALUES["nan"], 5), optim_wrapper=WRAPPERS[wrapper])
+    runner.train()
+    assert not runner.model.head.weight.isfinite().all()
+
+
+def test_clipping_does_not_spread_a_nan_before_it_is_reported(tmp_path):
+    """Clipping by norm multiplies every gradient by the norm; the report must name the one that began."""
+
+    class OneBadGradient(Model):
+        def __init__(self):
+            super().__init__()
+            self.head.bias.register_hook(lambda gradient: gradient * float("nan"))
+
+    runner = make_runner(tmp_path, [NonFiniteHook()], model=OneBadGradient(), optim_wrapper=WRAPPERS["clipping"])
+    assert "in 1 of 6 parameters: head.bias (1 NaN, 0 infinite of 1)" in _train_until_it_stops(runner)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_step_left_out_changes_nothing(tmp_path, place, wrapper, caplog):
+    snapshots, poison = Snapshots(), Poison(place, VALUES["nan"], 5)
+    hooks = [snapshots, NonFiniteHook(max_skipped=1)]
+    runner = make_runner(tmp_path, hooks, poison=poison, optim_wrapper=WRAPPERS[wrapper])
+    runner.train()
+    assert runner.iter == 8
+    after = 6 if wrapper == "accumulation" else 5
+    assert differing(snapshots.before[4], snapshots.before[after]) == []
+    assert differing(snapshots.before[after], state_of(runner)) != []
+    assert all(value.isfinite().all() for value in state_of(runner).values())
+
+
+def test_the_limit_counts_steps_in_a_row(tmp_path):
+    scattered = Poison("loss", VALUES["nan"], 2, 4, 6)
+    make_runner(tmp_path / "a", [NonFiniteHook(max_skipped=1)], poison=scattered).train()
+    runner = make_runner(tmp_path / "b", [NonFiniteHook(max_skipped=2)], poison=Poison("loss", VALUES["inf"], 3, 4, 5))
+    message = _train_until_it_stops(runner)
+    assert message.startswith("iteration 5 ") and "3 steps in a row, at most 2 may be left out" in message
+
+
+def test_an_undisturbed_training_is_bitwise_the_same_with_the_hook(tmp_path):
+    for name, wrapper in WRAPPERS.items():
+        ends = []
+        for hooks in ([], [NonFiniteHook()]):
+            runner = make_runner(tmp_path / name, hooks, optim_wrapper=wrapper)
+            runner.train()
+            ends.append(state_of(runner))
+        assert differing(*ends) == []
+
+
+def test_finite_gradients_with_an_infinite_norm_are_no_error(tmp_path):
+    class Steep(Model):
+        def __init__(self):
+            super().__init__()
+            self.head.weight.register_hook(lambda gradient: torch.full_like(gradient, 3e38))
+
+    make_runner(tmp_path, [NonFiniteHook()], model=Steep()).train()
+
+
+def test_nothing_is_left_behind(tmp_path):
+    runner = make_runner(tmp_path, [NonFiniteHook()], optim_wrapper=WRAPPERS["clipping"])
+    runner.train()
+    assert runner.optim_wrapper.clip_func is torch.nn.utils.clip_grad_norm_
+    assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
+    assert not runner.model._forward_hooks
+
+
+@pytest.mark.parametrize("argument", [{"max_skipped": -1}, {"max_skipped": True}, {"max_scaler_skips": 0}])
+def test_wrong_numbers_are_refused(argument):
+    with pytest.raises(ConfigError, match=f"NonFiniteHook: {next(iter(argument))} is"):
+        HOOKS.build(dict(type="mmvmamba.NonFiniteHook", **argument))
+
+
+# ---------------------------------------------------------------- loss scaling
+
+
+def _scaled(runner, **settings):
+    """Give the runner's optimizer wrapper a GradScaler, as MMEngine's AmpOptimWrapper has it on a GPU."""
+    wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    wrapper.loss_scaler = GradScaler("cpu", init_scale=1024.0, **settings)
+
+    def backward(loss, **kwargs):
+        wrapper.loss_scaler.scale(loss).backward(**kwargs)
+        wrapper._inner_count += 1
+
+    def step(**kwargs):
+        if wrapper.clip_grad_kwargs:
+            wrapper.loss_scaler.unscale_(wrapper.optimizer)
+            wrapper._clip_grad()
+        wrapper.loss_scaler.step(wrapper.optimizer, **kwargs)
+        wrapper.loss_scaler.update()
+
+    wrapper.backward, wrapper.step = backward, step
+    runner.optim_wrapper = wrapper
+    return runner
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("wrapper", ["plain", "clipping"])
+def test_gradients_that_the_scaler_skips_are_no_error_until_too_many(tmp_path, wrapper, fused):
+    settings = {**WRAPPERS[wrapper], "optimizer": {"type": "AdamW", "lr": 0.01, "fused": fused}}
+    poison = Poison("gradient", VALUES["inf"], 2, 3, 5, 6)
+    runner = make_runner(tmp_path / "a", [NonFiniteHook(max_scaler_skips=3)], poison=poison, optim_wrapper=settings)
+    _scaled(runner).train()
+    assert runner.iter == 8 and runner.optim_wrapper.loss_scaler.get_scale() == 1024 / 2**4
+    assert runner.model.head.weight.isfinite().all()
+
+    snapshots = Snapshots()
+    poison = Poison("gradient", VALUES["inf"], 2, 3, 4)
+    hooks = [snapshots, NonFiniteHook(max_scaler_skips=3)]
+    runner = make_runner(tmp_path / "b", hooks, poison=poison, optim_wrapper=settings)
+    message = _train_until_it_stops(_scaled(runner))
+    assert message.startswith("iteration 4: the GradScaler has left out 3 optimizer steps in a row")
+    assert "loss scale 128" in message and "parameters: conv.weight" in message
+    assert differing(snapshots.before[1], state_of(runner)) != []  # running statistics move on, as without the hook
+    assert [name for name in differing(snapshots.before[1], state_of(runner)) if "norm.running" not in name
+            and "num_batches" not in name] == []  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("place", ["loss", "input"])
+def test_a_bad_loss_is_an_error_under_a_scaler_too(tmp_path, place, fused):
+    snapshots = Snapshots()
+    runner = make_runner(tmp_path, [snapshots, NonFiniteHook()], poison=Poison(place, VALUES["nan"], 5),
+                         optim_wrapper={"optimizer": {"type": "AdamW", "lr": 0.01, "fused": fused}})  # fmt: skip
+    message = _train_until_it_stops(_scaled(runner))
+    assert message.startswith("iteration 5 ") and "images/008.jpg" in message
+    assert differing(snapshots.before[4], state_of(runner)) == []
+
+
+# ---------------------------------------------------------------- two processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The results of both ranks for every case in which rank 1 alone is struck; one pair of processes runs them all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("non_finite_ranks.py")), str(folder)]
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment) for rank in range(2)]
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("place", [*PLACES, "constant"])
+@pytest.mark.parametrize("value", VALUES)
+def test_what_strikes_one_process_stops_both(two_processes, place, value):
+    """D7, the last six cases. A bad constant in the loss is no gradient's, so no averaging of gradients spreads it."""
+    messages = []
+    for result in two_processes:
+        outcome = result[f"{place}-{value}"]
+        assert outcome["differing"] == []
+        messages.append(outcome["message"])
+    assert messages[0] == messages[1]
+    # Both ranks' images are in the report, each under its rank.
+    own = re.search(r" rank 0:\n(.*) rank 1:\n(.*?)\n  (gradients|learning)", messages[0], re.DOTALL)
+    assert "images/008.jpg" in own[1] and "images/028.jpg" in own[2]
+    if place != "gradient":
+        assert re.search(r"loss_main \d", own[1]) and re.search(r"loss_main (nan|inf)", own[2])
+
+
+def test_one_process_alone_may_leave_out_a_step_and_both_do(two_processes):
+    ends = [result["skipped"] for result in two_processes]
+    assert ends[0] == ends[1] and ends[0]["iter"] == 8 and ends[0]["finite"]
