@@ -48,6 +48,10 @@ class Malformed(Exception):
     """The pickle is no sound program of its kind; the message says where."""
 
 
+class _Unusual(Exception):
+    """A name of the closed list is used as no writer of checkpoints uses it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Global:
     """The name of a class, function or constant."""
@@ -100,6 +104,11 @@ def follow(file: BinaryIO, size: int, name: str, storage_of: Callable[[tuple[Any
         program = _instructions(file, name)
         result = machine.run(program)
         _check_nesting(result)
+    except _Unusual as error:
+        raise UnsafeCheckpoint(
+            f"checkpoint {name} is refused ({error}), expected tensors and plain values. Nothing of it was run. Save its "
+            "weights alone: torch.save(model.state_dict(), NEW_FILE)."
+        ) from error
     except Malformed as error:
         raise CorruptCheckpoint(
             f"checkpoint {name} cannot be read ({error}), expected a complete file of torch.save. It is probably cut "
@@ -296,8 +305,8 @@ class _Machine:
             raise _unusual(getattr(target, "name", type(target).__name__), "given a state")
 
 
-def _unusual(name: str, what: str) -> Malformed:
-    return Malformed(f"{name} is {what} in an unusual way")
+def _unusual(name: str, what: str) -> _Unusual:
+    return _Unusual(f"{name} is {what} in a way that no writer of checkpoints does")
 
 
 def _checked_key(key: Any) -> Any:
