@@ -26,6 +26,7 @@ _MAX_VALUES = 20_000_000
 #: Tied weights show the same bytes twice; more than this is a file that grows when it is read.
 _MAX_SHARE = 4
 _MAX_INSTRUCTIONS = 2_000_000
+_CHUNK = 4096
 _MAX_KEY = 1 << 31
 _LOCATION = re.compile(r"(?!meta)[a-z]{2,16}(:\d{1,3})?")
 _PUSHED = {
@@ -46,6 +47,19 @@ _INSTRUCTIONS = frozenset(
 
 class Malformed(Exception):
     """The pickle is no sound program of its kind; the message says where."""
+
+
+class _Bounded:
+    """A file of which nobody asks for more bytes than it has; Python sets aside what is asked for before it reads."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+        self.readline = file.readline
+
+    def read(self, count: int) -> bytes:
+        if count > _CHUNK:
+            count = min(count, self.size - self.file.tell())
+        return self.file.read(count)
 
 
 class _Unusual(Exception):
@@ -101,7 +115,7 @@ def follow(file: BinaryIO, size: int, name: str, storage_of: Callable[[tuple[Any
     """
     machine = _Machine(storage_of, size)
     try:
-        program = _instructions(file, name)
+        program = _instructions(_Bounded(file, size), name)
         result = machine.run(program)
         _check_nesting(result)
     except _Unusual as error:
@@ -140,12 +154,12 @@ def described_storage(reference: tuple[Any, ...], fields: int) -> Storage:
     return Storage(key, item_size, count * item_size)
 
 
-def _instructions(file: BinaryIO, name: str) -> list[tuple[str, Any]]:
+def _instructions(file: _Bounded, name: str) -> list[tuple[str, Any]]:
     """Return the instructions of a pickle; refuses unknown names and instructions, all of them in one message."""
     program: list[tuple[str, Any]] = []
     names: list[str] = []
     foreign: list[str] = []
-    for code, argument, _ in pickletools.genops(file):
+    for code, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]
         if len(program) == _MAX_INSTRUCTIONS:
             raise Malformed(f"its list of contents has more than {_MAX_INSTRUCTIONS} instructions")
         kind = code.name

@@ -12,7 +12,7 @@ from collections.abc import Callable
 def forked(action: Callable[[], object]) -> tuple[str, str]:
     """Return what an action in a child process ended with: the names of the exception's classes, and its message.
 
-    An action that returns gives ``("", repr(result))``, one that dies ``("died", status)``.
+    An action that returns gives ``("", str(result))``, one that dies ``("died", status)``.
     """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -21,7 +21,7 @@ def forked(action: Callable[[], object]) -> tuple[str, str]:
     if child == 0:
         os.close(reader)
         try:
-            answer = ("", repr(action()))
+            answer = ("", str(action()))
         except BaseException as error:  # noqa: BLE001 (the report is about whatever happened)
             answer = (" ".join(kind.__name__ for kind in type(error).__mro__), f"{error}\n{traceback.format_exc()}")
         with os.fdopen(writer, "w") as pipe:
