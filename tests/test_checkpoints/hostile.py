@@ -40,7 +40,9 @@ def content(extra: object) -> dict:
     return {"meta": {"epoch": 1, "iter": 4, "seed": 0}, "state_dict": state(), "extra": extra}
 
 
-def zipped(program: bytes, path: Path, *, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED):
+def zipped(
+    program: bytes, path: Path, *, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
+):
     """Write a file as torch.save does, around a pickle of one's own."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", program)

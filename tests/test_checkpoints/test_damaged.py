@@ -24,10 +24,10 @@ SECONDS = 10
 MEMORY = 256 << 20
 
 
-def _limit_memory():
+def _limit_memory(extra=MEMORY):
     with open("/proc/self/statm") as file:  # noqa: PTH123 (no path of ours)
         pages = int(file.read().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
