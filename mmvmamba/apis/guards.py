@@ -23,7 +23,7 @@ _LOOPS = {
     )
     for name in (stock, stock.__name__)
 }
-_LOOPS_BY_EPOCH = {True: "EpochBasedTrainLoop", False: "IterBasedTrainLoop"}
+_LOOPS_BY_EPOCH: dict[Any, str] = {True: "EpochBasedTrainLoop", False: "IterBasedTrainLoop"}
 
 
 def guard_loading(cfg: Config) -> None:
