@@ -252,7 +252,7 @@ def _tensor(storage=b"\x00" * 16, numel=4, offset=0, size=(4,), stride=(1,), key
 def test_tensors_that_claim_more_than_they_have(claim, tmp_path):
     program, records = _tensor(**claim)
     zipped(program, tmp_path / "x.pth", records=records)
-    with pytest.raises(CheckpointError, match="x.pth"):
+    with pytest.raises(CheckpointError, match="x.pth.*(claims|in a way that no writer|reference to a storage)"):
         read_checkpoint(tmp_path / "x.pth")
 
 
