@@ -21,6 +21,8 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
+#: What the short fields hold where only the long ones have room.
+_FULL = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
 _MAX_DIRECTORY = 64 << 20
 #: Behind a record the writer may repeat sizes and CRC sum: 12 or 20 bytes, and 4 more of signature.
 _MAX_GAP = 24
@@ -99,8 +101,12 @@ def _read_directory(file: BinaryIO, size: int, name: str) -> tuple[list[Record],
             if place != end - _LOCATOR64.size - _END64.size:
                 raise _cut_off(name, "the end of its directory is elsewhere")
             file.seek(place)
+            short = (here, count, length, start)
             signature, _, _, _, disk, start_disk, here, count, length, start = _END64.unpack(file.read(_END64.size))
-            if signature != b"PK\6\6" or disk or start_disk or here != count:
+            long = (here, count, length, start)
+            # One reader may go by the short fields and another by the long ones.
+            same = all(a in (b, full) for a, b, full in zip(short, long, _FULL, strict=True))
+            if signature != b"PK\6\6" or disk or start_disk or here != count or not same:
                 raise _cut_off(name, "the end of its directory is damaged")
             end = place
     if start + length != end or length > _MAX_DIRECTORY or not count:
