@@ -96,8 +96,11 @@ def _known_hash(parts: SplitResult, sha256: str | None) -> str | None:
 def _place(folder: Path, parts: SplitResult, url: str) -> Path:
     """Return where the file of a URL belongs; two URLs that end alike get two files."""
     name = Path(unquote(parts.path)).name
-    if not name or name in (".", "..") or "\0" in name:
-        raise CheckpointError(f"checkpoint {url!r} names no file, expected a URL that ends with one. Correct it.")
+    if not name or name.startswith(".") or name.endswith(".json") or "\0" in name:
+        # A manifest is called so: a download must not take the place of another file's.
+        raise CheckpointError(
+            f"checkpoint {url!r} names no file of weights, expected a URL that ends with one. Correct it."
+        )
     path = folder / name
     manifest = read_manifest(path) if path.is_file() else None
     if manifest is not None and (manifest.source or {}).get("url", url) != url:

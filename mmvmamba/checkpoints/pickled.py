@@ -26,6 +26,7 @@ _MAX_VALUES = 20_000_000
 #: Tied weights show the same bytes twice; more than this is a file that grows when it is read.
 _MAX_SHARE = 4
 _MAX_INSTRUCTIONS = 2_000_000
+_CHUNK = 4096
 _MAX_KEY = 1 << 31
 _LOCATION = re.compile(r"(?!meta)[a-z]{2,16}(:\d{1,3})?")
 _PUSHED = {
@@ -46,6 +47,23 @@ _INSTRUCTIONS = frozenset(
 
 class Malformed(Exception):
     """The pickle is no sound program of its kind; the message says where."""
+
+
+class _Bounded:
+    """A file of which nobody asks for more bytes than it has; Python sets aside what is asked for before it reads."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+        self.readline = file.readline
+
+    def read(self, count: int) -> bytes:
+        if count > _CHUNK:
+            count = min(count, self.size - self.file.tell())
+        return self.file.read(count)
+
+
+class _Unusual(Exception):
+    """A name of the closed list is used as no writer of checkpoints uses it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +115,14 @@ def follow(file: BinaryIO, size: int, name: str, storage_of: Callable[[tuple[Any
     """
     machine = _Machine(storage_of, size)
     try:
-        program = _instructions(file, name)
+        program = _instructions(_Bounded(file, size), name)
         result = machine.run(program)
         _check_nesting(result)
+    except _Unusual as error:
+        raise UnsafeCheckpoint(
+            f"checkpoint {name} is refused ({error}), expected tensors and plain values. Nothing of it was run. Save its "
+            "weights alone: torch.save(model.state_dict(), NEW_FILE)."
+        ) from error
     except Malformed as error:
         raise CorruptCheckpoint(
             f"checkpoint {name} cannot be read ({error}), expected a complete file of torch.save. It is probably cut "
@@ -131,12 +154,12 @@ def described_storage(reference: tuple[Any, ...], fields: int) -> Storage:
     return Storage(key, item_size, count * item_size)
 
 
-def _instructions(file: BinaryIO, name: str) -> list[tuple[str, Any]]:
+def _instructions(file: _Bounded, name: str) -> list[tuple[str, Any]]:
     """Return the instructions of a pickle; refuses unknown names and instructions, all of them in one message."""
     program: list[tuple[str, Any]] = []
     names: list[str] = []
     foreign: list[str] = []
-    for code, argument, _ in pickletools.genops(file):
+    for code, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]
         if len(program) == _MAX_INSTRUCTIONS:
             raise Malformed(f"its list of contents has more than {_MAX_INSTRUCTIONS} instructions")
         kind = code.name
@@ -296,8 +319,8 @@ class _Machine:
             raise _unusual(getattr(target, "name", type(target).__name__), "given a state")
 
 
-def _unusual(name: str, what: str) -> Malformed:
-    return Malformed(f"{name} is {what} in an unusual way")
+def _unusual(name: str, what: str) -> _Unusual:
+    return _Unusual(f"{name} is {what} in a way that no writer of checkpoints does")
 
 
 def _checked_key(key: Any) -> Any:
