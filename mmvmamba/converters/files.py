@@ -76,7 +76,7 @@ def convert_file(
     content, origin = _read(source, section, sha256)
     state: StateDict = content["state_dict"]
     found = _recognised(state, source)
-    ours = _checked_ours(state, found)
+    ours = _checked_ours(state, found, source)
     _check_same(adapt(_upstream(ours)), ours, source)
     notes = {
         "family": found.family,
@@ -155,12 +155,12 @@ def _recognised(state: Mapping[str, Tensor], source: str | Path) -> Recognition:
     return found
 
 
-def _checked_ours(state: StateDict, found: Recognition) -> StateDict:
+def _checked_ours(state: StateDict, found: Recognition, source: str | Path) -> StateDict:
     """Return the entries under our names; one that the family has not is refused."""
     if not found.prefix:
         return convert_state_dict(found.family, found.form, state)
     convert_state_dict(found.family, "backbone", _part(state, found.prefix))
-    return adapt(dict(state))
+    return adapt(dict(state), repr(str(source)))
 
 
 def _upstream(ours: StateDict) -> StateDict:
