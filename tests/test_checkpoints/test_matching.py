@@ -173,6 +173,28 @@ def test_it_says_what_loading_does():
             check(model, stored, source="'x.pth'")
 
 
+def test_modules_may_compute_tables_themselves():
+    """And look at what they have loaded, as mmcv's ConvAWS2d does."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("table", torch.arange(4))
+
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            state_dict.pop(prefix + "table", None)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            assert float(self.weight.detach().sum()) == 6.0
+
+    model = nn.Sequential(Table())
+    match = check(model, {"0.weight": torch.full((2,), 3.0), "0.table": torch.arange(9)}, source="'x.pth'")
+    assert match.line() == "Sequential: 1/2 tensors from 'x.pth'; 1 keep their values: 0.table"
+    assert float(model[0].weight.detach().sum()) == 2.0
+    with pytest.raises(CheckpointMismatch, match=r"1 of 2 entries missing \['0.table'\]"):
+        check(model, {"0.weight": torch.full((2,), 3.0)}, source="'x.pth'")
+
+
 def test_data_parallel_wrappers_are_looked_through():
     model = nn.DataParallel(nn.Linear(2, 2))
     match = check(model, {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, source="'x.pth'")
