@@ -120,8 +120,8 @@ def follow(file: BinaryIO, size: int, name: str, storage_of: Callable[[tuple[Any
         _check_nesting(result)
     except _Unusual as error:
         raise UnsafeCheckpoint(
-            f"checkpoint {name} is refused ({error}), expected tensors and plain values. Nothing of it was run. Save its "
-            "weights alone: torch.save(model.state_dict(), NEW_FILE)."
+            f"checkpoint {name} is refused ({error}), expected tensors and plain values. Nothing of it was run. Save "
+            "its weights alone: torch.save(model.state_dict(), NEW_FILE)."
         ) from error
     except Malformed as error:
         raise CorruptCheckpoint(

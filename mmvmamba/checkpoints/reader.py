@@ -239,8 +239,18 @@ def _load_safetensors(file: BinaryIO, name: str, map_location: Any) -> dict[str,
         raise _broken(name, error) from error
 
 
-def _broken(name: str, error: Exception) -> CorruptCheckpoint:
+def _broken(name: str, error: Exception) -> CheckpointError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "map_location" in str(error):
+        return CheckpointError(
+            f"checkpoint {name} was saved on a device that is not here, expected map_location to name one. Give "
+            "map_location='cpu'."
+        )
+    if "allocate" in str(error):
+        return CheckpointError(
+            f"checkpoint {name} does not fit the memory ({lines[0]}), expected room for all its tensors. Free some, or "
+            "save the weights alone: torch.save(model.state_dict(), FILE)."
+        )
     return CorruptCheckpoint(
         f"checkpoint {name} cannot be read ({lines[0]}), expected a complete file of torch.save or safetensors. It is "
         "probably cut off: delete it and download or train it anew."

@@ -387,3 +387,29 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "pipe").symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match="is no ordinary file"):
         read_checkpoint(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_weights_of_a_device_that_is_not_here(tmp_path):
+    program, records = _tensor()
+    zipped(
+        program.replace(b"cpu", b"cuda:0").replace(b"X\x03\x00\x00\x00cuda", b"X\x06\x00\x00\x00cuda"),
+        tmp_path / "x.pth",
+        records=records,
+    )
+    assert read_checkpoint(tmp_path / "x.pth")["state_dict"]["w"].device.type == "cpu"
+    with pytest.raises(CheckpointError, match="Give map_location='cpu'"):
+        read_checkpoint(tmp_path / "x.pth", map_location=None)
+
+
+def test_weights_that_do_not_fit_the_memory(tmp_path):
+    torch.save({"w": torch.zeros(40 << 20)}, tmp_path / "x.pth")
+
+    def read():
+        from tests.test_checkpoints.test_damaged import _limit_memory
+
+        _limit_memory(64 << 20)
+        read_checkpoint(tmp_path / "x.pth")
+
+    classes, message = forked(read)
+    assert classes.startswith("CheckpointError") and "does not fit the memory" in message
