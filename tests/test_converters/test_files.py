@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -337,20 +338,30 @@ def _swap(names):
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     path = classifier_file(tmp_path / "official.pth", _official("v2", "classifier"))
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools/convert_checkpoint.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
-        runpy.run_path(str(ROOT / "tools/convert_checkpoint.py"), run_name="__main__")
+        tool.main()
         return capsys.readouterr().out
 
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth"
     assert "(classifier): 52/52 tensors from" in run(path, ours)
     assert "(classifier): 52/52 tensors from" in run(ours, back, "--to-upstream")
     assert "52/52" in run(path, tmp_path / "average.pth", "--section", "model_ema")
-    with pytest.raises(SystemExit, match=r"error: .*ours\.safetensors' exists"):
-        run(path, ours)
+    with pytest.raises(HashMismatch):
+        run(path, tmp_path / "x.pth", "--sha256", "0" * 64)
     with pytest.raises(SystemExit, match="2"):
         run(path, tmp_path / "x.pth", "--to-upstream", "--section", "model_ema")
+    refused = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tools/convert_checkpoint.py"), str(path), str(ours)],
+        cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith(f"error: {str(ours)!r} exists")
+    assert "Traceback" not in refused.stderr
 
 
 def test_safetensors_are_told_from_pickles_whatever_their_header_is_long(tmp_path):
