@@ -139,8 +139,8 @@ def check(
     """Compare a checkpoint with a module as ``compare`` does, in the form in which the module would load it.
 
     Modules may convert what they are given (a 1x1 convolution for a linear map, a position embedding of another size,
-    names of an earlier release, the counters that batch norms lacked before PyTorch 0.4.1): they are asked to, without
-    touching their tensors.
+    names of an earlier release, the counters that batch norms lacked before PyTorch 0.4.1) or do without it: they are
+    asked, without touching their tensors.
 
     Args:
         module: The model; wrappers for distribution are looked through.
@@ -155,7 +155,11 @@ def check(
     own, converted = _as_loaded(module, stored, source)
     if what is None:
         what = name_of(unwrapped(module), own)
-    return compare(own, converted, allow_missing=allow_missing, what=what, source=source, advice=advice)
+    # Tables that a module computes itself and takes from no checkpoint, as Swin v2 does.
+    kept = [name for name in own if name in stored and name not in converted]
+    wanted = {name: value for name, value in own.items() if name not in kept}
+    match = compare(wanted, converted, allow_missing=allow_missing, what=what, source=source, advice=advice)
+    return dataclasses.replace(match, total=len(own), skipped=(*match.skipped, *kept))
 
 
 def name_of(module: nn.Module, own: Mapping[str, Tensor]) -> str:
@@ -216,7 +220,7 @@ def _as_loaded(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors of ``module`` and those it would load, converted by its own code; nothing is copied.
 
-    It does what ``nn.Module.load_state_dict`` does, with twins of the modules whose tensors are on the meta device.
+    It does what ``nn.Module.load_state_dict`` does, with a twin of each module in turn.
     """
     own: dict[str, Tensor] = {}
     converted: dict[str, Tensor] = {}
@@ -245,22 +249,22 @@ def _as_loaded(
                 walk(child, {key: value for key, value in state.items() if key.startswith(start)}, start)
 
     with warnings.catch_warnings():
+        # A model that was built without memory may be compared as well.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         walk(module, dict(stored), "")
     return own, converted
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Return a module that shares everything with ``module`` but its tensors, which are on the meta device."""
+    """Return a module that shares everything with ``module`` but its own tensors, which are copies."""
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_parameters"] = {
-        name: None if value is None else nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+        name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
         for name, value in module._parameters.items()
     }
     twin.__dict__["_buffers"] = {
-        name: None if value is None else torch.empty_like(value, device="meta")
-        for name, value in module._buffers.items()
+        name: None if value is None else value.detach().clone() for name, value in module._buffers.items()
     }
     return twin
 

@@ -54,7 +54,7 @@ def load_from_mmvmamba(filename: str, map_location: Any = None) -> dict[str, Any
     if str(filename).startswith("mmcls://"):
         # As mmengine does: these are classifiers, and the backbone alone is meant.
         state = {key[len("backbone.") :]: value for key, value in state.items() if key.startswith("backbone.")}
-    content["state_dict"] = adapt(state)
+    content["state_dict"] = adapt(state, repr(str(filename)))
     _restore_histories(content)
     return content
 

@@ -57,16 +57,20 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Recognition | None:
     return recognition.recognise(state_dict)
 
 
-def adapt(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def adapt(state_dict: dict[str, Tensor], source: str = "") -> dict[str, Tensor]:
     """Return the entries of an official file under our names; what is not recognised comes back as it is.
 
     An official classifier gets the names of an MMPretrain classifier (``backbone.``, ``head.fc.``), and in a detector
     or segmentor the names of early releases become the present ones. Values and shapes stay as they are: the layers
     load the weights of a 1x1 convolution for a linear map by themselves. Our own names stay as they are.
 
+    Args:
+        state_dict: Names to tensors.
+        source: The checkpoint, for messages.
+
     Raises:
         CheckpointMismatch: If old and new names stand for the same entry.
     """
     from mmvmamba.converters import recognition
 
-    return recognition.adapt(state_dict)
+    return recognition.adapt(state_dict, source)

@@ -129,14 +129,15 @@ def _content(file: BinaryIO, size: int, name: str, map_location: Any) -> Any:
     head = file.read(512)
     if not head:
         raise CorruptCheckpoint(f"checkpoint {name} has 0 bytes, expected weights. Download or train it anew.")
+    # First, because the length it begins with may look like the beginning of a pickle.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= min(size - 8, _MAX_HEADER):
+        return _load_safetensors(file, name, map_location)
     if head.startswith(b"PK\3\4"):
         _check_zip(file, size, name)
         return _load(file, name, map_location)
     if head.startswith(b"\x80"):
         check_legacy(file, size, name)
         return _load(file, name, map_location)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= min(size - 8, _MAX_HEADER):
-        return _load_safetensors(file, name, map_location)
     raise _no_checkpoint(head, size, name)
 
 

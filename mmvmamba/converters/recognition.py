@@ -48,8 +48,15 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Recognition | None:
     return None
 
 
-def adapt(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def adapt(state_dict: dict[str, Tensor], source: str = "") -> dict[str, Tensor]:
     """Return the entries of an official file under our names, and all others under their own."""
+    try:
+        return _adapt(state_dict)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"checkpoint {source or 'given'}: {error}") from error
+
+
+def _adapt(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     adapted: dict[str, Tensor] = dict(state_dict)
     for prefix, family in _backbones(state_dict).items():
         converter, part = load_converter(family), _part(state_dict, prefix)
@@ -61,7 +68,7 @@ def adapt(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, value in converter.read(form, known, ()).items():
             if prefix + name in adapted:
                 raise CheckpointMismatch(
-                    f"two entries of the checkpoint are called {prefix + name!r} today, expected each name once. It "
+                    f"two entries are called {prefix + name!r} today, expected each name once. It "
                     "mixes old and new names: remove one of them."
                 )
             adapted[prefix + name] = value

@@ -69,7 +69,7 @@ def read_weights(checkpoint: str, prefix: str | None = None, map_location: Any =
         CheckpointError: If the file is absent, broken or of another kind.
         CheckpointMismatch: If no entry begins with ``prefix``.
     """
-    state = adapt(read_checkpoint(checkpoint, map_location=map_location)["state_dict"])
+    state = adapt(read_checkpoint(checkpoint, map_location=map_location)["state_dict"], repr(str(checkpoint)))
     return cut(state, prefix, checkpoint) if prefix else state
 
 

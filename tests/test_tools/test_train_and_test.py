@@ -250,6 +250,32 @@ def test_weights_of_another_model_are_refused(task, tmp_path):
         check_weights(model, str(tmp_path / "other.pth"))
 
 
+@pytest.mark.parametrize(("path", "name"), [(DET, "MaskRCNN"), (SEG, "EncoderDecoder")], ids=["det", "seg"])
+def test_official_files_of_whole_models_fit(path, name, tmp_path):
+    """Of VMamba-T in its real size, with the heads of mmdet and mmseg; also under the names of the first releases."""
+    pytest.importorskip("mmdet" if path == DET else "mmseg")
+    from mmengine.registry import MODELS, init_default_scope
+
+    from tests.test_checkpoints.official_files import random_state, runner_file, with_old_names
+
+    cfg = load_config(path)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    own = model.state_dict()
+    state = {key: value.to(own[key].dtype) for key, value in random_state({k: v.shape for k, v in own.items()}).items()}
+    for entries in (state, with_old_names(state, "backbone.")):
+        match = check_weights(model, str(runner_file(tmp_path / "official.pth", entries)))
+        assert f"{name} (VMamba tiny-s1l8): {len(own)}/{len(own)} tensors from" in match.line()
+        assert all(torch.equal(match.taken[key], state[key]) for key in own)
+    cfg.model.backbone.arch = "small-s2l15"
+    with torch.device("meta"):
+        other = MODELS.build(cfg.model)
+    with pytest.raises(CheckpointMismatch, match=r"is VMamba tiny-s1l8 \(.*the model is VMamba small-s2l15 \("):
+        check_weights(other, str(tmp_path / "official.pth"))
+
+
 def test_test_py_refuses_weights_of_another_model(tmp_path):
     data = tmp_path / "data"
     (data / "crops/val/3").mkdir(parents=True)

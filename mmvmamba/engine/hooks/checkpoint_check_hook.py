@@ -50,7 +50,7 @@ class CheckpointCheckHook(Hook):
                 resume also if the checkpoint is not that of a training like this one.
         """
         source, model = repr(str(runner._load_from or "given to the runner")), innermost(runner.model)
-        stored = adapt(_without_wrapper(checkpoint.get("state_dict", checkpoint)))
+        stored = adapt(_without_wrapper(checkpoint.get("state_dict", checkpoint)), source)
         if runner._resume:
             _check_state_of_training(runner, checkpoint, source)
             match = check(
