@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def results() -> Iterator[dict[str, Any]]:
+def results() -> dict[str, Any]:
     memory = Path("/dev/shm")  # noqa: S108 (fsync is free there, and there are hundreds)
     folder = tempfile.mkdtemp(dir=memory if memory.is_dir() and os.access(memory, os.W_OK) else None)
     done = subprocess.run(
@@ -31,7 +30,7 @@ def results() -> Iterator[dict[str, Any]]:
     )  # fmt: skip
     shutil.rmtree(folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    yield json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # The fewest points that were found when this was written: a change that hides some from the recorder fails here.
