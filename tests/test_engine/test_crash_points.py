@@ -46,9 +46,9 @@ def results() -> dict[str, Any]:
         ("torn_writes", "keep 3", 6),
         ("torn_writes", "best", 6),
         ("lost_writes", "first", 13),
-        ("lost_writes", "keep 2", 50),
-        ("lost_writes", "keep 3", 60),
-        ("lost_writes", "best", 100),
+        ("lost_writes", "keep 2", 40),
+        ("lost_writes", "keep 3", 55),
+        ("lost_writes", "best", 80),
     ],
 )
 def test_a_whole_checkpoint_is_found(results: dict[str, Any], kind: str, state: str, least: int) -> None:
