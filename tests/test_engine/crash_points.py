@@ -12,6 +12,7 @@ a process that has trained before.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -27,7 +28,8 @@ import torch
 from mmengine.hooks import Hook
 
 from mmvmamba.checkpoints import read_checkpoint
-from mmvmamba.checkpoints.resume import newest_complete, training_state
+from mmvmamba.checkpoints.resume import newest_complete, training_state, verify
+from mmvmamba.errors import CheckpointError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_training import EPOCH, tiny_runner
@@ -121,25 +123,53 @@ def reference(folder: Path, state: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def judge(folder: Path, weights: dict[int, dict[str, Any]], finished: int, interval: int) -> str | None:
-    """Return what is wrong with what a crash left, or None."""
+Verdict = tuple[str | None, int]
+
+
+def judge(folder: Path, state: dict[str, Any], weights: dict[int, dict[str, Any]], finished: int) -> Verdict:
+    """Return what is wrong with what a crash left, or None, and the iteration that a training would go on from."""
     path, _ = newest_complete(folder)
     if path is None:
-        return f"no checkpoint after {finished} iterations" if finished > interval else None
+        interval = EPOCH if state["by_epoch"] else 1
+        return f"no checkpoint after {finished} iterations" if finished > interval else None, 0
+    return _judge(folder, path, state, weights, finished), training_state(path).iteration
+
+
+def _judge(
+    folder: Path, path: Path, state: dict[str, Any], weights: dict[int, dict[str, Any]], finished: int
+) -> str | None:
+    interval = EPOCH if state["by_epoch"] else 1
     content = read_checkpoint(path)
     iteration = content["meta"]["iter"]
     if iteration <= finished - 2 * interval:
         return f"{finished} iterations were finished, {path.name} has {iteration}"
     expected = weights[iteration]
+    options = state["checkpoint"]
+    expected_files = min(options.get("max_keep_ckpts", 1), finished // interval - 1)
+    if _whole(folder, "*_*.pth") < expected_files:
+        return f"{finished} iterations were finished, fewer than {expected_files} checkpoints are whole"
+    if "save_best" in options and finished > interval and _whole(folder, "best_*.pth") == 0:
+        return f"{finished} iterations were finished, no best checkpoint is whole"
     same = all(torch.equal(content["state_dict"][name], tensor) for name, tensor in expected.items())
     return None if same else f"{path.name} has other weights than the training without a crash"
 
 
+def _whole(folder: Path, pattern: str) -> int:
+    """Return how many checkpoints have the sha256 of their manifest, or are whole without one."""
+    count = 0
+    for path in folder.glob(pattern):
+        if pattern == "best_*.pth" or not path.name.startswith("best"):
+            with contextlib.suppress(CheckpointError):
+                verify(path)
+                read_checkpoint(path)
+                count += 1
+    return count
+
+
 def crash_points(base: Path, name: str, state: dict[str, Any]) -> dict[str, Any]:
-    interval = EPOCH if state["by_epoch"] else 1
     weights = reference(base / "reference", state)
     last = max(weights)
-    problems, resumed, k = [], 0, 0
+    problems, resumed, reached, k = [], 0, 0, 0
     while True:
         k += 1
         folder = base / str(k)
@@ -153,9 +183,14 @@ def crash_points(base: Path, name: str, state: dict[str, Any]) -> dict[str, Any]
             break
         if os.waitstatus_to_exitcode(status) != DIED:
             problems.append(f"{name}, point {k}: ended with {status}")
-        elif problem := judge(folder, weights, finished, interval):
-            problems.append(f"{name}, point {k}: {problem}")
-        elif k % 10 == 0:  # and the training really goes on to the same end
+        else:
+            problem, found = judge(folder, state, weights, finished)
+            if found < reached:
+                problem = f"iteration {found} is found, but {reached} was whole at an earlier point"
+            reached = max(reached, found)
+            if problem:
+                problems.append(f"{name}, point {k}: {problem}")
+        if k % 10 == 0:  # and the training really goes on to the same end
             status, _ = in_fork(lambda pipe, f=folder: train(f, state, pipe))
             end = newest_complete(folder).path
             left = [path.name for path in folder.glob(".*")]
@@ -188,7 +223,7 @@ def torn_writes(base: Path, name: str, state: dict[str, Any]) -> dict[str, Any]:
         status, finished = in_fork(work)
         if not os.WIFSIGNALED(status):
             problems.append(f"{name}, {size} bytes: nothing was torn, status {status}")
-        elif problem := judge(folder, weights, finished, interval):
+        elif problem := judge(folder, state, weights, finished)[0]:
             problems.append(f"{name}, {size} bytes: {problem}")
     return {"points": len(sizes), "problems": problems}
 
@@ -224,7 +259,6 @@ def _apply(names: dict[str, int], change: tuple[Any, ...]) -> None:
 
 
 def lost_writes(base: Path, name: str, state: dict[str, Any]) -> dict[str, Any]:
-    interval = EPOCH if state["by_epoch"] else 1
     weights = reference(base / "reference", state)
     folder, log = base / "recorded", base / "log"
     log.mkdir()
@@ -254,8 +288,8 @@ def lost_writes(base: Path, name: str, state: dict[str, Any]) -> dict[str, Any]:
     status, _ = in_fork(work)
     assert status == 0, f"the recorded training failed: {status}"
     disk, inodes, finished = Disk(), itertools.count(), 0
-    judged: dict[tuple[Any, ...], str | None] = {}
-    problems = []
+    judged: dict[tuple[Any, ...], Verdict] = {}
+    problems, reached = [], 0
     for line in (log / "events").read_text().splitlines():
         kind, *arguments = json.loads(line)
         if kind == "finished":
@@ -265,12 +299,17 @@ def lost_writes(base: Path, name: str, state: dict[str, Any]) -> dict[str, Any]:
         if len(disk.pending) > 12:
             problems.append(f"{name}, after {kind} {arguments}: {len(disk.pending)} changes, no fsync of the folder")
             break
+        least = []
         for names in disk.states():
             key = (names, tuple(disk.contents.get(inode, b"") for _, inode in names), finished)
             if key not in judged:
-                judged[key] = judge(_materialise(base / "model", names, disk), weights, finished, interval)
-                if judged[key]:
-                    problems.append(f"{name}, after {kind} {arguments}: {judged[key]} with {[n for n, _ in names]}")
+                judged[key] = judge(_materialise(base / "model", names, disk), state, weights, finished)
+                if judged[key][0]:
+                    problems.append(f"{name}, after {kind} {arguments}: {judged[key][0]} with {[n for n, _ in names]}")
+            least.append(judged[key][1])
+        if min(least) < reached:
+            problems.append(f"{name}, after {kind} {arguments}: {min(least)} may be found, {reached} was safe before")
+        reached = max(reached, min(least))
     return {"points": len(judged), "problems": problems}
 
 
