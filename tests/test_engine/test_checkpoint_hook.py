@@ -112,6 +112,13 @@ def test_best_and_published_ones(tmp_path):
     assert newest_complete(tmp_path) == (tmp_path / "epoch_3.pth", [])
 
 
+def test_earlier_best_goes_even_without_regular_checkpoints(tmp_path):
+    options = dict(interval=-1, save_last=False, save_best="tiny/acc")
+    tiny_runner(tmp_path, options, length=3, validate=True).train()
+    assert _names(tmp_path) == ["best_tiny_acc_epoch_3.pth"]
+    assert _names(tmp_path, "json") == ["best_tiny_acc_epoch_3.pth.json"]
+
+
 def test_copied_work_dir_leaves_the_first_one_alone(tmp_path):
     options = dict(interval=1, max_keep_ckpts=2, save_best="tiny/acc")
     tiny_runner(tmp_path / "a", options, length=2, validate=True).train()
