@@ -40,9 +40,9 @@ def use_our_checkpoint_hook(cfg: Config) -> str | None:
     """Replace MMEngine's own checkpoint hook by ours, with the same arguments."""
     if cfg.get("runner_type", "Runner") != "Runner":
         return "Checkpoints are saved by MMEngine's own hook, as the runner is another one: a crash may cost them."
-    hooks = cfg.get("default_hooks")
-    if hooks is None:
-        cfg.default_hooks = hooks = ConfigDict()
+    if cfg.get("default_hooks") is None:
+        cfg.default_hooks = ConfigDict()
+    hooks = cfg.default_hooks  # not the one assigned: the config makes a copy
     if "checkpoint" not in hooks:
         hooks["checkpoint"] = ConfigDict(type="CheckpointHook", interval=1)  # as MMEngine's runner would
     replaced = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -50,7 +52,7 @@ def write_checkpoint(
         epoch=epoch,
         seed=seed,
         world_size=world_size,
-        versions=program_versions(),
+        versions=dict(program_versions()),
         resumable=resumable,
         source=source,
     )
@@ -101,14 +103,15 @@ def reporting_failures(path: Path, size: int) -> Iterator[None]:
         ) from error
 
 
-def program_versions() -> dict[str, str]:
+@functools.cache
+def program_versions() -> Mapping[str, str]:
     """Return the versions on which the last bit of a training depends, by name."""
     versions = {"mmvmamba": __version__, "torch": torch.__version__, "python": platform.python_version()}
     for name, distributions in {"numpy": ("numpy",), "mmengine": ("mmengine", "onedl-mmengine")}.items():
         for distribution in distributions:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(distribution)
-    return {name: str(version) for name, version in versions.items()}
+    return MappingProxyType({name: str(version) for name, version in versions.items()})
 
 
 def _free(folder: Path) -> str:

@@ -143,6 +143,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         with self._all_or_none():
             self._prepare(runner)
             super()._save_best_checkpoint(runner, metrics)
+            self._delete_outdated(runner)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         """Save a regular checkpoint, and only then delete those that are too many."""
