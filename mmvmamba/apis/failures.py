@@ -64,7 +64,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def _end_workers() -> None:
-    """End the workers of DataLoaders: Python would wait five seconds for each, as nobody tells them that all is over."""
+    """End the workers of DataLoaders: Python would wait five seconds for each, as nobody tells them it is over."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.terminate()

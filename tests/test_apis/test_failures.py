@@ -102,7 +102,7 @@ def test_want_of_memory_in_a_validation(tmp_path):
         def after_val_iter(self, runner, **arguments):
             _as_cuda_would()
 
-    runner = make_runner(tmp_path, [Fail(), LastBatchHook()], validation=True)
+    runner = make_runner(tmp_path, [Fail(), LastBatchHook()], validation=16)
     with pytest.raises(OutOfMemory, match=r"^out of memory in the validation after iteration 3, at"):
         train(runner)
 

@@ -122,7 +122,7 @@ def test_a_validation_is_cut_short_and_the_weights_are_not_the_averaged_ones(tmp
 
     average = EMAHook(momentum=0.5)
     hooks = [average, Record(), Send("SIGTERM", place="before_val_iter", iteration=4)]
-    runner, _ = _interrupt(tmp_path, *hooks, validation=True)
+    runner, _ = _interrupt(tmp_path, *hooks, validation=16)
     assert validated == [0] and runner.iter == 3
     stored = read_checkpoint(tmp_path / "iter_3.pth")
     assert stored["meta"]["iter"] == 3
@@ -206,6 +206,6 @@ def test_workers_leave_the_signal_to_the_main_process(tmp_path, name):
 
 
 def test_the_loader_is_as_before_afterwards(tmp_path):
-    runner = make_runner(tmp_path, [InterruptHook()], workers=1, validation=True)
+    runner = make_runner(tmp_path, [InterruptHook()], workers=1, validation=16)
     train(runner)
     assert runner.train_dataloader.worker_init_fn is None and runner.val_dataloader.worker_init_fn is None
