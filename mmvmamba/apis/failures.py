@@ -25,18 +25,22 @@ def train(runner: Runner) -> None:
     """Let a runner train; the signal handlers are as before when this returns or raises.
 
     Raises:
-        OutOfMemory: If there was not enough memory; all other exceptions are those of ``runner.train``.
+        OutOfMemory: If there was not enough memory.
+        KeyboardInterrupt: After Ctrl-C was pressed twice. All other exceptions are those of ``runner.train``.
     """
+    guards = [hook for hook in runner.hooks if isinstance(hook, InterruptHook)]
     try:
         runner.train()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(_advice(runner, error)) from error
+    except Exception as error:
+        if any(guard.at_once for guard in guards):
+            # Code that was interrupted by Ctrl-C has turned it into an error of its own, as Config.pretty_text does.
+            raise KeyboardInterrupt from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(_advice(runner, error)) from error
+        raise
     finally:
-        for hook in runner.hooks:
-            if isinstance(hook, InterruptHook):
-                hook.restore()
+        for guard in guards:
+            guard.restore()
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -101,6 +101,24 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_3.pth"]
 
 
+@pytest.mark.parametrize("own_error", [None, SyntaxError])
+def test_a_second_ctrl_c_is_not_lost_in_a_bare_except(tmp_path, own_error):
+    """MMEngine formats the config for every checkpoint with such code: a soak trial met it."""
+
+    class Swallow(Send):
+        def send(self, runner, **arguments):
+            try:
+                super().send(runner, **arguments)
+            except BaseException as error:
+                if own_error is not None:
+                    raise own_error from error
+
+    runner = make_runner(tmp_path, [Swallow("SIGINT", "SIGINT"), InterruptHook()])
+    with pytest.raises(KeyboardInterrupt):
+        train(runner)
+    assert runner.iter == 3
+
+
 def test_a_signal_during_a_regular_save_keeps_that_checkpoint(tmp_path):
     class SendWhileSaving(Hook):
         def before_save_checkpoint(self, runner, checkpoint):
