@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import sys
 import traceback
@@ -24,18 +25,22 @@ def train(runner: Runner) -> None:
     """Let a runner train; the signal handlers are as before when this returns or raises.
 
     Raises:
-        OutOfMemory: If there was not enough memory; all other exceptions are those of ``runner.train``.
+        OutOfMemory: If there was not enough memory.
+        KeyboardInterrupt: After Ctrl-C was pressed twice. All other exceptions are those of ``runner.train``.
     """
+    guards = [hook for hook in runner.hooks if isinstance(hook, InterruptHook)]
     try:
         runner.train()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(_advice(runner, error)) from error
+    except Exception as error:
+        if any(guard.at_once for guard in guards):
+            # Code that was interrupted by Ctrl-C has turned it into an error of its own, as Config.pretty_text does.
+            raise KeyboardInterrupt from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(_advice(runner, error)) from error
+        raise
     finally:
-        for hook in runner.hooks:
-            if isinstance(hook, InterruptHook):
-                hook.restore()
+        for guard in guards:
+            guard.restore()
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -51,13 +56,22 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         sys.stderr.write(f"interrupted: {stop}\n")
+        _end_workers()
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted by Ctrl-C; nothing was saved at this point, earlier checkpoints are untouched\n")
+        _end_workers()
         sys.exit(128 + signal.SIGINT)
     except MMVMambaError as error:
         sys.exit(f"error: {error}")
     sys.exit(0)
+
+
+def _end_workers() -> None:
+    """End the workers of DataLoaders: Python would wait five seconds for each, as nobody tells them it is over."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.terminate()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -74,23 +88,28 @@ def _advice(runner: Runner, error: BaseException) -> str:
         if checkpoint is not None and Path(checkpoint).is_file()
         else "there is no checkpoint yet"
     )
+    hook = _last_batch(runner)
+    validating = hook is not None and hook.stage == "val"
+    when = f"the validation after iteration {runner.iter}" if validating else f"iteration {runner.iter + 1}"
     return (
-        f"out of memory in iteration {runner.iter + 1}, at {_place(error)}: {_first_sentences(error)}\n"
-        f"  batch: {_batch(runner)}\n"
+        f"out of memory in {when}, at {_place(error)}: {_first_sentences(error)}\n"
+        f"  batch: {_batch(hook)}\n"
         f"  try one of: {'; '.join(_remedies(runner))}\n"
         f"  {saved}"
     )
 
 
-def _batch(runner: Runner) -> str:
-    hook = next((hook for hook in runner.hooks if isinstance(hook, LastBatchHook)), None)
+def _last_batch(runner: Runner) -> LastBatchHook | None:
+    return next((hook for hook in runner.hooks if isinstance(hook, LastBatchHook)), None)
+
+
+def _batch(hook: LastBatchHook | None) -> str:
     shapes = image_shapes(hook.batch) if hook is not None else []
-    if hook is None or not shapes:
+    if not shapes:
         return "its images are unknown"
     largest = max(shapes, key=lambda shape: shape[-1] * shape[-2])
     many = "1 image" if len(shapes) == 1 else f"{len(shapes)} images"
-    where = "" if hook.stage == "train" else " of the validation"
-    return f"{many}{where} per process, the largest {' x '.join(map(str, largest))} (channels, height, width)"
+    return f"{many} per process, the largest {' x '.join(map(str, largest))} (channels, height, width)"
 
 
 def _remedies(runner: Runner) -> list[str]:
@@ -114,9 +133,9 @@ def _remedies(runner: Runner) -> list[str]:
 
 
 def _place(error: BaseException) -> str:
+    """Return the innermost line that is not PyTorch's own."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "mmvmamba" in Path(frame.filename).parts]
-    frame = (own or frames)[-1]
+    frame = next((frame for frame in reversed(frames) if "torch" not in Path(frame.filename).parts), frames[-1])
     return f"{frame.filename}:{frame.lineno} ({frame.name})"
 
 

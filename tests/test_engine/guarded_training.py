@@ -155,11 +155,14 @@ def make_runner(
     dataset: Dataset | None = None,
     optim_wrapper: dict[str, Any] | None = None,
     iterations: int = 8,
-    validation: bool = False,
+    validation: int = 0,
     workers: int = 0,
     **settings: Any,
 ) -> Runner:
-    """Return a runner over ``iterations`` iterations of two images each, in the order of the dataset."""
+    """Return a runner over ``iterations`` iterations of two images each, in the order of the dataset.
+
+    After each third iteration it validates on ``validation`` images, if that is not 0.
+    """
     model = model or Model(poison)
     wrapper = {"optimizer": {"type": "AdamW", "lr": 0.01}, **(optim_wrapper or {})}
     loader = DataLoader(
@@ -167,7 +170,7 @@ def make_runner(
     )  # fmt: skip
     if validation:
         settings = {
-            "val_dataloader": DataLoader(Images(), BATCH, num_workers=workers, collate_fn=_collate),
+            "val_dataloader": DataLoader(Images(validation), BATCH, num_workers=workers, collate_fn=_collate),
             "val_cfg": {},
             "val_evaluator": Evaluator(Count()),
             **settings,

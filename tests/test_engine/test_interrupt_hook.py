@@ -101,6 +101,24 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_3.pth"]
 
 
+@pytest.mark.parametrize("own_error", [None, SyntaxError])
+def test_a_second_ctrl_c_is_not_lost_in_a_bare_except(tmp_path, own_error):
+    """MMEngine formats the config for every checkpoint with such code: a soak trial met it."""
+
+    class Swallow(Send):
+        def send(self, runner, **arguments):
+            try:
+                super().send(runner, **arguments)
+            except BaseException as error:
+                if own_error is not None:
+                    raise own_error from error
+
+    runner = make_runner(tmp_path, [Swallow("SIGINT", "SIGINT"), InterruptHook()])
+    with pytest.raises(KeyboardInterrupt):
+        train(runner)
+    assert runner.iter == 3
+
+
 def test_a_signal_during_a_regular_save_keeps_that_checkpoint(tmp_path):
     class SendWhileSaving(Hook):
         def before_save_checkpoint(self, runner, checkpoint):
@@ -122,7 +140,7 @@ def test_a_validation_is_cut_short_and_the_weights_are_not_the_averaged_ones(tmp
 
     average = EMAHook(momentum=0.5)
     hooks = [average, Record(), Send("SIGTERM", place="before_val_iter", iteration=4)]
-    runner, _ = _interrupt(tmp_path, *hooks, validation=True)
+    runner, _ = _interrupt(tmp_path, *hooks, validation=16)
     assert validated == [0] and runner.iter == 3
     stored = read_checkpoint(tmp_path / "iter_3.pth")
     assert stored["meta"]["iter"] == 3
@@ -206,6 +224,6 @@ def test_workers_leave_the_signal_to_the_main_process(tmp_path, name):
 
 
 def test_the_loader_is_as_before_afterwards(tmp_path):
-    runner = make_runner(tmp_path, [InterruptHook()], workers=1, validation=True)
+    runner = make_runner(tmp_path, [InterruptHook()], workers=1, validation=16)
     train(runner)
     assert runner.train_dataloader.worker_init_fn is None and runner.val_dataloader.worker_init_fn is None

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("mmpretrain")
 
+from mmvmamba import engine
 from mmvmamba.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -115,17 +116,19 @@ def _interrupt(folder: Path, trial: tuple[str, str, int, str], seed: int) -> Non
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     done = _iterations(folder)[-1]
-    pointer = Path((folder / "last_checkpoint").read_text())
-    print(f"{trial} after {done} iterations: exit code {process.returncode} in {took:.1f} s, {pointer.name}")
+    pointer = folder / "last_checkpoint"
+    saved = read_checkpoint(pointer.read_text())["meta"]["iter"] if pointer.is_file() else 0
+    print(f"{trial} after {done} iterations: exit code {process.returncode} in {took:.1f} s, checkpoint of {saved}")
     assert process.returncode == 128 + number, errors
     assert took < 30 and "Traceback" not in errors, errors
-    saved = read_checkpoint(pointer)["meta"]["iter"]
-    assert not list(folder.glob("*.unfinished")) and not list(folder.glob(".*.unfinished"))
+    assert not [path for path in folder.iterdir() if path.name.endswith(".unfinished")]
     if name == "SIGINT" and count == 2:
-        assert saved in (done, done - done % 9, done - done % 9 - 9)  # a regular checkpoint, the last or being saved
+        # At once: a regular checkpoint or that of the stop, unless it was being saved.
+        assert saved in (done, done - done % 9, done - done % 9 - 9)
         return
     assert saved == done
-    assert f"interrupted: {name} has ended the training after iteration {done}; its checkpoint is {pointer}" in errors
+    said = f"interrupted: {name} has ended the training after iteration {done}; its checkpoint is {pointer.read_text()}"
+    assert said in errors
 
 
 @pytest.mark.parametrize("trial", IN_CI, ids=lambda trial: "-".join(map(str, trial)))
@@ -143,6 +146,8 @@ def test_many_signals_at_random_times(tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("by_epoch", [False, True])
 def test_resume_goes_on_where_the_signal_came(tmp_path, by_epoch):
+    if by_epoch and not hasattr(engine, "EpochBasedTrainLoop"):
+        pytest.skip("MMEngine's own loop starts the interrupted epoch anew")
     config = _write_config(tmp_path, by_epoch=by_epoch, length=60)
     process = _start(config)
     _wait_for("training", tmp_path, process)

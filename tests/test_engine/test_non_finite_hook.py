@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +16,6 @@ from mmvmamba.engine import NonFiniteHook
 from mmvmamba.errors import ConfigError, NonFiniteLossError
 from tests.test_engine.guarded_training import PLACES, Model, Poison, Snapshots, differing, make_runner, state_of
 
-ROOT = Path(__file__).parents[2]
 VALUES = {"nan": float("nan"), "inf": float("inf")}
 WRAPPERS = {
     "plain": {},
@@ -45,7 +39,7 @@ def _train_until_it_stops(runner) -> str:
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_training_stops_with_the_state_before_the_bad_step(tmp_path, place, value, wrapper):
-    """D7, 18 of the 24 cases; the other six are the distributed ones below."""
+    """D7, 18 of the 24 cases; the other six are in test_guards_of_two_processes.py."""
     snapshots = Snapshots()
     poison = Poison(place, VALUES[value], 5)
     runner = make_runner(tmp_path, [snapshots, NonFiniteHook()], poison=poison, optim_wrapper=WRAPPERS[wrapper])
@@ -198,39 +192,3 @@ def test_a_bad_loss_is_an_error_under_a_scaler_too(tmp_path, place, fused):
     message = _train_until_it_stops(_scaled(runner))
     assert message.startswith("iteration 5 ") and "images/008.jpg" in message
     assert differing(snapshots.before[4], state_of(runner)) == []
-
-
-# ---------------------------------------------------------------- two processes
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """The results of both ranks for every case in which rank 1 alone is struck; one pair of processes runs them all."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("non_finite_ranks.py")), str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment) for rank in range(2)]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.mark.parametrize("place", [*PLACES, "constant"])
-@pytest.mark.parametrize("value", VALUES)
-def test_what_strikes_one_process_stops_both(two_processes, place, value):
-    """D7, the last six cases. A bad constant in the loss is no gradient's, so no averaging of gradients spreads it."""
-    messages = []
-    for result in two_processes:
-        outcome = result[f"{place}-{value}"]
-        assert outcome["differing"] == []
-        messages.append(outcome["message"])
-    assert messages[0] == messages[1]
-    # Both ranks' images are in the report, each under its rank.
-    own = re.search(r" rank 0:\n(.*) rank 1:\n(.*?)\n  (gradients|learning)", messages[0], re.DOTALL)
-    assert "images/008.jpg" in own[1] and "images/028.jpg" in own[2]
-    if place != "gradient":
-        assert re.search(r"loss_main \d", own[1]) and re.search(r"loss_main (nan|inf)", own[2])
-
-
-def test_one_process_alone_may_leave_out_a_step_and_both_do(two_processes):
-    ends = [result["skipped"] for result in two_processes]
-    assert ends[0] == ends[1] and ends[0]["iter"] == 8 and ends[0]["finite"]

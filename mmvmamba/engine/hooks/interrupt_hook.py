@@ -126,11 +126,16 @@ class InterruptHook(Hook):
             self._shield = None
         self._process = 0
 
+    @property
+    def at_once(self) -> bool:
+        """Whether Ctrl-C was pressed twice: the training is to end without another checkpoint."""
+        return self._keystrokes > 1
+
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if os.getpid() != self._process:
             return  # a worker that has just been forked
         self._keystrokes += number == signal.SIGINT
-        if self._keystrokes > 1:
+        if self.at_once:
             raise KeyboardInterrupt
         if self._received is None:
             self._received = signal.Signals(number)
@@ -140,6 +145,8 @@ class InterruptHook(Hook):
                 os.write(2, text.encode())  # print may be interrupted in the middle of printing
 
     def _stop_if_asked(self, runner: Runner, iteration: int) -> None:
+        if self.at_once:
+            raise KeyboardInterrupt  # once more: MMEngine and others have places where a bare except swallows it
         number = int(self._received or 0)
         if dist.get_world_size() > 1:
             answer = torch.tensor([number])

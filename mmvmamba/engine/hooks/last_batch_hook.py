@@ -18,7 +18,7 @@ class LastBatchHook(Hook):
 
     Attributes:
         batch: The last batch, as the data loader gave it.
-        stage: The part of the config it belongs to, "train" or "val".
+        stage: "train", or "val" while a validation runs.
     """
 
     # Before all hooks that allocate something for the batch.
@@ -38,4 +38,4 @@ class LastBatchHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:  # noqa: ARG002
         """Let go of the last batch of a validation."""
-        self.batch = None
+        self.batch, self.stage = None, "train"

@@ -1,18 +1,22 @@
-"""One of two processes of a training in which rank 1 meets NaN: ``python FILE FOLDER RANK``."""
+"""One of two processes of trainings in which rank 1 meets NaN or a signal: ``python FILE FOLDER RANK``."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from guarded_training import PLACES, Images, Model, Poison, Snapshots, differing, make_runner, state_of
+from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
 
-from mmvmamba.engine import NonFiniteHook
-from mmvmamba.errors import NonFiniteLossError
+from mmvmamba.apis import train
+from mmvmamba.engine import CheckpointHook, InterruptHook, NonFiniteHook
+from mmvmamba.errors import NonFiniteLossError, TrainingInterrupted
 
 
 class _Half(Images):
@@ -26,6 +30,22 @@ class _Half(Images):
         item = super().__getitem__(index)
         item["data_samples"].set_metainfo({"img_path": f"images/{index + self.first:03}.jpg"})
         return item
+
+
+class _Signal(Hook):
+    """Send SIGTERM to rank 1 in the fourth iteration or in the validation before it; count batches of validation."""
+
+    def __init__(self, rank: int, in_training: bool) -> None:
+        self.rank, self.in_training, self.validated = rank, in_training, 0
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if self.in_training and self.rank == 1 and runner.iter == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.validated += 1
+        if not self.in_training and self.rank == 1 and self.validated == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _runner(folder: Path, rank: int, hooks: list, poison: Poison):
@@ -57,6 +77,26 @@ def main(folder: Path, rank: int) -> None:
         "finite": all(bool(value.isfinite().all()) for value in weights),
         "weights": hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights)).hexdigest(),
     }
+    for case, lengths in (
+        ("training", (16, 16)),
+        ("validation", (16, 16)),
+        ("validations of different lengths", (16, 12)),
+    ):
+        hook = _Signal(rank, in_training=case == "training")
+        runner = make_runner(
+            folder / case,
+            [hook, InterruptHook()],
+            model=MMDistributedDataParallel(Model()),
+            dataset=_Half(rank, Poison("none", 0.0)),
+            validation=lengths[rank],
+            default_hooks={"checkpoint": CheckpointHook(interval=100, by_epoch=False)},
+        )
+        try:
+            train(runner)
+            results[case] = {"message": "it went on"}
+        except TrainingInterrupted as stop:
+            results[case] = {"message": str(stop), "number": stop.signal_number, "validated": hook.validated}
+        results[case]["folder"] = str(folder / case)
     (folder / f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
