@@ -1,18 +1,20 @@
 """A training resumed from any iteration ends bit for bit where the uninterrupted one ends."""
 
-import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("mmengine")
 
-from mmengine.hooks import Hook
-
-from mmvmamba.engine import RandomStateHook
-from mmvmamba.errors import CheckpointError
 from tests.test_engine.random_training import config, differences, state, train
 
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 ITERATIONS = 40
 #: Name -> arguments of ``config``. There are 5 iterations per epoch, so 8 epochs.
 VARIANTS = {
@@ -80,3 +82,32 @@ def test_resumed_training_is_bitwise_equal(uninterrupted, tmp_path, name, iterat
 @pytest.mark.parametrize("name", ["one worker", "two workers"])
 def test_workers_change_nothing(uninterrupted, name):
     assert not differences(uninterrupted("epochs")[0], uninterrupted(name)[0])
+
+
+def test_two_processes_resume_bitwise(tmp_path):
+    """Gloo; three iterations share a step, so the gradients that each process has for itself matter."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(HERE / "distributed_resume.py"), str(tmp_path), "2", "4", "6"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            env={
+                **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    answers = [json.loads((tmp_path / f"answer_{rank}.json").read_text()) for rank in range(2)]
+    assert [answer["found"] for answer in answers] == [{"2": [], "4": [], "6": []}] * 2
+    assert answers[0]["counters"] == [3, 9]
+    assert answers[0]["random"] != answers[1]["random"]
