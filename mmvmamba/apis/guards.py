@@ -76,7 +76,7 @@ _LOOPS = {
     )
     for name in (stock, stock.__name__)
 }
-_LOOPS_BY_EPOCH = {True: "EpochBasedTrainLoop", False: "IterBasedTrainLoop"}
+_LOOPS_BY_EPOCH: dict[Any, str] = {True: "EpochBasedTrainLoop", False: "IterBasedTrainLoop"}
 
 _GUARDS: tuple[Callable[[Config], str | None], ...] = (use_our_checkpoint_hook, use_resumable_loops)
 
