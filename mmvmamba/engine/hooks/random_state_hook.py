@@ -38,8 +38,8 @@ class RandomStateHook(Hook, PreparesSave):
     - the place in the data, which ``mmvmamba.EpochBasedTrainLoop`` and ``mmvmamba.IterBasedTrainLoop`` keep;
     - the gradients, where several iterations share an optimizer step and the checkpoint falls between them. MMEngine
       loses them;
-    - the buffers, such as running means of batch norm, that each rank has for itself. MMEngine stores those of the first
-      rank only, which shows in a validation after resuming, and where several iterations share an optimizer step.
+    - the buffers, such as running means of batch norm, that each rank has for itself. MMEngine stores those of the
+      first rank only, which shows in a validation after resuming, and where several iterations share a step.
 
     All of it is in ``checkpoint["mmvmamba"]`` as tensors, lists, dicts and numbers.
 
