@@ -1,8 +1,8 @@
 """Runs ``tools/train.py`` in forks of a process that has imported all of it: a trial takes its training's time only.
 
-One JSON object per line comes in (``arguments`` of the command line, ``log`` file, ``kill_after`` seconds or null), and
-one goes out (``status`` as of ``subprocess``, ``seconds``). The server itself computes nothing: threads do not survive a
-fork.
+One JSON object per line comes in (``arguments`` of the command line, ``log`` file, ``kill_after`` seconds or null),
+and one goes out (``status`` as of ``subprocess``, ``seconds``). The server itself computes nothing: threads do not
+survive a fork.
 """
 
 import json
