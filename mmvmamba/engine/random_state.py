@@ -126,8 +126,17 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> RandomState:
                 f"the checkpoint's random state of {name} is {what}, expected {(length,)} {dtype}. It is of another "
                 "release of PyTorch or mmvmamba: resume with the one that wrote it, or delete random_states from it."
             )
-    python = tensors["python"].tolist()
-    numpy = tensors["numpy"].tolist()
+    python, numpy = tensors["python"].tolist(), tensors["numpy"].tolist()
+    for name, numbers in (("python", python), ("numpy", numpy)):
+        # NumPy does not look at the position, and would read beyond its words.
+        if not 0 <= numbers[_TWISTER_WORDS] <= _TWISTER_WORDS or not all(
+            0 <= word < 1 << 32 for word in numbers[:_TWISTER_WORDS]
+        ):
+            raise CheckpointError(
+                f"the checkpoint's random state of {name} is no state of a Mersenne twister (position "
+                f"{numbers[_TWISTER_WORDS]}), expected words of 32 bits and a position up to {_TWISTER_WORDS}. The "
+                "checkpoint is damaged: resume from another one."
+            )
     gauss = _to_optional_float(numpy[-2:])
     return RandomState(
         python=(3, tuple(python[:-2]), _to_optional_float(python[-2:])),
@@ -137,8 +146,9 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> RandomState:
             "has_gauss": int(gauss is not None),
             "gauss": gauss or 0.0,
         },
-        torch=tensors["torch"].cpu(),
-        cuda=tensors["cuda"].cpu() if "cuda" in tensors else None,
+        # Clones: set_rng_state of PyTorch 2.11 reads from the beginning of the storage, even of a part of a tensor.
+        torch=tensors["torch"].cpu().clone(),
+        cuda=tensors["cuda"].cpu().clone() if "cuda" in tensors else None,
     )
 
 

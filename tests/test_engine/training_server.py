@@ -1,7 +1,8 @@
 """Runs ``tools/train.py`` in forks of a process that has imported all of it: a trial takes its training's time only.
 
-One JSON object per line comes in (``arguments`` of the command line, ``log`` file, ``kill_after`` seconds or null), one
-goes out (``status`` as of ``subprocess``, ``seconds``). The server itself computes nothing: threads do not survive a fork.
+One JSON object per line comes in (``arguments`` of the command line, ``log`` file, ``kill_after`` seconds or null),
+and one goes out (``status`` as of ``subprocess``, ``seconds``). The server itself computes nothing: threads do not
+survive a fork.
 """
 
 import json
@@ -40,7 +41,7 @@ def _run(arguments, log):
         if isinstance(exit_.code, str):
             print(exit_.code, file=sys.stderr)
         status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (as the interpreter would)
         import traceback
 
         traceback.print_exc()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,9 @@ from mmvmamba.registry import HOOKS
 
 #: Section of a checkpoint that is ours.
 SECTION = "mmvmamba"
+#: Attribute of DistributedDataParallel: whether the next forward pass begins with the buffers of the first rank. It
+#: does not after an iteration that only accumulated.
+_SYNCHRONISES = "require_forward_param_sync"
 
 
 @HOOKS.register_module()
@@ -34,7 +37,9 @@ class RandomStateHook(Hook, PreparesSave):
 
     - the place in the data, which ``mmvmamba.EpochBasedTrainLoop`` and ``mmvmamba.IterBasedTrainLoop`` keep;
     - the gradients, where several iterations share an optimizer step and the checkpoint falls between them. MMEngine
-      loses them.
+      loses them;
+    - the buffers, such as running means of batch norm, that each rank has for itself. MMEngine stores those of the
+      first rank only, which shows in a validation after resuming, and where several iterations share a step.
 
     All of it is in ``checkpoint["mmvmamba"]`` as tensors, lists, dicts and numbers.
 
@@ -47,23 +52,24 @@ class RandomStateHook(Hook, PreparesSave):
     def __init__(self) -> None:
         self._state: RandomState | None = None
         self._gradients: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._synchronises: bool | None = None
         self._prepared: dict[str, Any] | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Put accumulated gradients back; note the state, so that starting the DataLoader leaves no trace."""
-        parameters = dict(_unwrapped(runner.model).named_parameters())
+        model = _unwrapped(runner.model)
+        parameters = _found(self._gradients, dict(model.named_parameters()), "accumulated gradient")
         for name, gradient in self._gradients.items():
-            if name not in parameters:
-                raise CheckpointError(
-                    f"the checkpoint has an accumulated gradient of {name!r}, which is no parameter of the model. "
-                    "Resume with the config that it was written with."
-                )
             parameters[name].grad = gradient.to(parameters[name])
         if self._gradients:
-            runner.logger.info(
-                f"{len(self._gradients)} accumulated gradients are restored from the checkpoint: none is lost"
-            )
-        self._gradients = {}
+            runner.logger.info(f"{len(self._gradients)} accumulated gradients are restored: none is lost")
+        buffers = _found(self._buffers, dict(model.named_buffers()), "buffer")
+        for name, value in self._buffers.items():
+            buffers[name].copy_(value)
+        if self._synchronises is not None and hasattr(runner.model, _SYNCHRONISES):
+            setattr(runner.model, _SYNCHRONISES, self._synchronises)
+        self._gradients, self._buffers, self._synchronises = {}, {}, None
         if self._state is None:
             self._state = take_random_state(with_cuda=True)
         # Also for a validation that comes before the next iteration.
@@ -98,6 +104,10 @@ class RandomStateHook(Hook, PreparesSave):
         gradients = _gather_gradients(runner)
         if gradients:
             section["gradients"] = gradients
+        if dist.get_world_size() > 1:
+            section["buffers"] = _gather_buffers(_unwrapped(runner.model))
+            if hasattr(runner.model, _SYNCHRONISES):
+                section["synchronises_buffers"] = bool(getattr(runner.model, _SYNCHRONISES))
         self._prepared = section
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -144,6 +154,8 @@ class RandomStateHook(Hook, PreparesSave):
         rank = dist.get_rank()
         self._state = from_tensors({name: tensor[rank] for name, tensor in states.items()})
         self._gradients = dict(section["gradients"][rank]) if "gradients" in section else {}
+        self._buffers = dict(section["buffers"][rank]) if "buffers" in section else {}
+        self._synchronises = section.get("synchronises_buffers")
 
 
 def _position_from(stored: dict[str, Any]) -> DataPosition:
@@ -181,6 +193,27 @@ def _gather_gradients(runner: Runner) -> list[dict[str, Tensor]]:
             if present[rank, column]:
                 gathered[rank][name] = part
     return gathered
+
+
+def _gather_buffers(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Return what differs from the first rank's buffers, by name, one dict per rank."""
+    gathered: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    for name, buffer in model.named_buffers():
+        first, *others = _all_parts(buffer)
+        for rank, part in enumerate(others, start=1):
+            if not torch.equal(part, first):
+                gathered[rank][name] = part
+    return gathered
+
+
+def _found(stored: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
+    for name, tensor in stored.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the checkpoint has a {what} {name!r} of shape {tuple(tensor.shape)}, expected one of the model's. "
+                "Resume with the config that the checkpoint was written with."
+            )
+    return own
 
 
 def _all_parts(tensor: Tensor) -> Sequence[Tensor]:
