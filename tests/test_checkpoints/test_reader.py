@@ -317,13 +317,13 @@ def test_the_file_is_opened_once(tmp_path, monkeypatch):
 
     for name, value in (("x.pth", 1.0), ("y.pth", 2.0)):
         torch.save({"w": torch.full((2,), value)}, tmp_path / name)
-    load = reader._load
+    verify = reader._verify
 
-    def swap_then_load(*arguments):
+    def verify_then_swap(*arguments):
+        verify(*arguments)
         (tmp_path / "y.pth").replace(tmp_path / "x.pth")
-        return load(*arguments)
 
-    monkeypatch.setattr(reader, "_load", swap_then_load)
+    monkeypatch.setattr(reader, "_verify", verify_then_swap)
     assert read_checkpoint(tmp_path / "x.pth")["state_dict"]["w"].tolist() == [1.0, 1.0]
 
 
