@@ -47,6 +47,7 @@ class Converter:
         head: Regular expression of the names that upstream's classifier has and its feature extractor has not.
         knows: (form, name) -> whether ``read`` accepts an entry of this name.
         sketch: (our entries without out norms and head) -> the size of the network in words.
+        sketches: Released variant -> its sketch, so that only variants of the right size are built for a comparison.
     """
 
     forms: tuple[str, ...]
@@ -59,6 +60,7 @@ class Converter:
     head: str
     knows: Callable[[str, str], bool]
     sketch: Callable[[Mapping[str, Tensor]], str]
+    sketches: Mapping[str, str]
 
 
 def load_converter(family: str) -> Converter:

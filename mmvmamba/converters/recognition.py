@@ -119,8 +119,11 @@ def _trunk(converter: Converter, part: Mapping[str, Tensor]) -> StateDict:
 
 def _variant(family: str, trunk: Mapping[str, Tensor]) -> str | None:
     """Return the released variant that has exactly these names and shapes."""
-    released = load_converter(family).released
-    for variant in released:
+    converter = load_converter(family)
+    size = converter.sketch(trunk)
+    for variant in converter.released:
+        if converter.sketches[variant] != size:
+            continue
         shapes = _released_shapes(family, variant)
         if shapes.keys() == trunk.keys() and all(_same(trunk[name].shape, shape) for name, shape in shapes.items()):
             return variant

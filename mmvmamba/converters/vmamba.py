@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmvmamba.converters.base import Converter, Rule, StateDict, known_to, reject_unknown_arguments, rename
 from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
-from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
+from mmvmamba.models.backbones.vmamba import ARCHS, VMamba, VMambaArch
 
 FORMS = ("classifier", "backbone")
 
@@ -301,8 +301,11 @@ def _sketch(trunk: Mapping[str, Tensor]) -> str:
             blocks.setdefault(stage, set()).add(int(match[2]))
             if match[3]:
                 dims[stage] = value.numel()
-    depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
-    return f"with depths {depths} and dims {tuple(dims[stage] for stage in sorted(dims))}"
+    return _in_words([len(blocks[stage]) for stage in sorted(blocks)], [dims[stage] for stage in sorted(dims)])
+
+
+def _in_words(depths: Sequence[int], dims: Sequence[int]) -> str:
+    return f"with depths {tuple(depths)} and dims {tuple(dims)}"
 
 
 def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
@@ -392,4 +395,5 @@ CONVERTER = Converter(
     head=_HEAD_OF_CLASSIFIER,
     knows=_knows,
     sketch=_sketch,
+    sketches={name: _in_words(ARCHS[name].depths, ARCHS[name].dims) for name in _RELEASED},
 )
