@@ -103,11 +103,14 @@ def test_block_leaves_no_trace_even_if_it_raises():
     assert _draw() == expected
 
 
-def test_seeding_leaves_cuda_alone():
-    """torch.manual_seed would queue a seed for CUDA, whose state nobody puts back."""
-    before = list(torch.cuda._queued_calls)
-    seed_generators(1)
-    assert torch.cuda._queued_calls == before
+def test_seeding_leaves_cuda_alone(monkeypatch):
+    """torch.manual_seed seeds CUDA as well, whose state nobody puts back."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(1)
+    assert seeded == [1]
+    seed_generators(2)
+    assert seeded == [1]
 
 
 def test_seeds_stay_what_they_are():

@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,7 +143,13 @@ class Stop(Hook):
 
 @pytest.mark.parametrize(
     ("where", "iteration"),
-    [("after_train_iter", 7), ("after_train_iter", 10), ("after_val_iter", 10), ("before_val_epoch", 10)],
+    [
+        ("after_train_iter", 7),
+        ("after_train_iter", 10),
+        ("after_val_iter", 10),
+        ("before_val_epoch", 10),
+        ("after_val_epoch", 10),
+    ],
 )
 @pytest.mark.parametrize("by_epoch", [True, False])
 def test_checkpoint_out_of_turn_resumes_bitwise(tmp_path, by_epoch, where, iteration):
@@ -225,22 +233,24 @@ def test_checkpoint_of_mmengine_goes_on_in_the_right_place(tmp_path, by_epoch, e
 
     expected = Seen.by(train(settings("uninterrupted")))
     assert len(expected) == 15
+    passes = [[labels for _, labels in expected[first : first + 5]] for first in (0, 5, 10)]
+    assert passes[0] != passes[1] != passes[2]
     assert Seen.by(train(settings("resumed"), tmp_path / "uninterrupted/iter_7.pth")) == expected[7:]
 
 
 class Seen(Hook):
-    """Notes the labels of every batch."""
+    """Notes the number and the labels of every batch."""
 
     def __init__(self):
-        self.labels = []
+        self.batches = []
 
     @staticmethod
     def by(runner):
         """Return what the hook of a runner, a copy of the config's, has noted."""
-        return next(hook.labels for hook in runner.hooks if isinstance(hook, Seen))
+        return next(hook.batches for hook in runner.hooks if isinstance(hook, Seen))
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        self.labels.append(torch.as_tensor(data_batch["label"]).tolist())
+        self.batches.append((batch_idx, torch.as_tensor(data_batch["label"]).tolist()))
 
 
 def test_contradicting_checkpoint_is_refused(tmp_path):
@@ -277,3 +287,17 @@ def test_other_number_of_processes_keeps_the_share_of_the_data(tmp_path):
     cfg = config(tmp_path / "resumed", length=2)
     cfg.custom_hooks.append(Seen())
     assert len(Seen.by(train(cfg, tmp_path / "uninterrupted/iter_2.pth"))) == 1 + 5
+
+
+class Draws(Hook):
+    """Draws random numbers between the iterations."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        random.random(), np.random.rand(), torch.rand(3)
+
+
+def test_what_is_drawn_between_iterations_leaves_no_trace(tmp_path):
+    plain, drawing = (config(tmp_path / name, length=2, val_interval=9) for name in ("plain", "drawing"))
+    drawing.custom_hooks.append(Draws())
+    found = differences(state(train(plain)), state(train(drawing)))
+    assert [name for name in found if name.startswith(("model", "optimizer", "ema", "scalar train"))] == []
