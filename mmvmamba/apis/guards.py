@@ -37,7 +37,10 @@ def guard_training(cfg: Config) -> list[str]:
 
 
 def use_our_checkpoint_hook(cfg: Config) -> str | None:
-    """Replace MMEngine's own checkpoint hook by ours, with the same arguments."""
+    """Replace MMEngine's own checkpoint hook by ours, with the same arguments.
+
+    ``type='mmengine.CheckpointHook'``, with the scope, is left alone: that is how a config says that it wants MMEngine's.
+    """
     if cfg.get("runner_type", "Runner") != "Runner":
         return "Checkpoints are saved by MMEngine's own hook, as the runner is another one: a crash may cost them."
     if cfg.get("default_hooks") is None:
@@ -59,7 +62,7 @@ def use_our_checkpoint_hook(cfg: Config) -> str | None:
 
 
 def _is_mmengines(kind: Any) -> bool:
-    return kind is MMEngineCheckpointHook or kind in ("CheckpointHook", "mmengine.CheckpointHook")
+    return kind in (MMEngineCheckpointHook, "CheckpointHook")
 
 
 def use_resumable_loops(cfg: Config) -> str | None:

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("mmengine")
 
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 
-from mmvmamba.apis.guards import install_guards
+from mmvmamba.apis.guards import use_our_checkpoint_hook
 from mmvmamba.apis.resume import choose_start
 from mmvmamba.checkpoints.writer import write_checkpoint
 from mmvmamba.errors import CheckpointError, ConfigError
@@ -119,18 +120,18 @@ def test_other_versions_are_named(tmp_path, monkeypatch):
     assert note.startswith("Other versions than before (") and "-> 9.9" in note
 
 
-@pytest.mark.parametrize("kind", ["CheckpointHook", "mmengine.CheckpointHook"])
+@pytest.mark.parametrize("kind", ["CheckpointHook", MMEngineCheckpointHook])
 def test_mmengines_checkpoint_hook_is_replaced_by_ours(kind):
     cfg = Config(dict(default_hooks=dict(checkpoint=dict(type=kind, interval=3, max_keep_ckpts=2))))
-    assert any("mmvmamba.CheckpointHook" in line for line in install_guards(cfg))
+    assert "mmvmamba.CheckpointHook" in use_our_checkpoint_hook(cfg)
     assert dict(cfg.default_hooks.checkpoint) == dict(type="mmvmamba.CheckpointHook", interval=3, max_keep_ckpts=2)
-    assert not any("mmvmamba.CheckpointHook" in line for line in install_guards(cfg)), "said once"
+    assert use_our_checkpoint_hook(cfg) is None, "said once"
 
 
 @pytest.mark.parametrize("entries", [{}, dict(default_hooks=dict())])
 def test_the_hook_that_mmengine_adds_by_itself_is_ours_too(entries):
     cfg = Config(entries)
-    install_guards(cfg)
+    use_our_checkpoint_hook(cfg)
     assert dict(cfg.default_hooks.checkpoint) == dict(type="mmvmamba.CheckpointHook", interval=1)
 
 
@@ -139,15 +140,16 @@ def test_the_hook_that_mmengine_adds_by_itself_is_ours_too(entries):
     [
         dict(default_hooks=dict(checkpoint=None)),
         dict(default_hooks=dict(checkpoint=dict(type="SomebodysHook"))),
+        dict(default_hooks=dict(checkpoint=dict(type="mmengine.CheckpointHook"))),
         dict(default_hooks=dict(checkpoint=dict(type="CheckpointHook", backend_args=dict(backend="petrel")))),
         dict(default_hooks=dict(checkpoint=dict(type="CheckpointHook", out_dir="s3://bucket"))),
         dict(runner_type="FlexibleRunner", default_hooks=dict(checkpoint=dict(type="CheckpointHook"))),
     ],
-    ids=["none", "custom", "backend", "remote folder", "other runner"],
+    ids=["none", "custom", "with the scope", "backend", "remote folder", "other runner"],
 )
 def test_what_the_user_chose_is_left_alone(entries):
     cfg = Config(entries)
     before = cfg.default_hooks.to_dict()["checkpoint"] if cfg.default_hooks.checkpoint else None
-    install_guards(cfg)
+    use_our_checkpoint_hook(cfg)
     after = cfg.default_hooks.checkpoint
     assert (after.to_dict() if after else None) == before

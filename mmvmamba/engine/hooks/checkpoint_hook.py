@@ -269,12 +269,12 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"CheckpointHook: {name} is {value!r}, expected None: mmvmamba.CheckpointHook writes to local folders "
                 "only, where it can promise that nothing is lost. Leave it out, or use MMEngine's hook "
-                "(type='CheckpointHook')."
+                "(type='mmengine.CheckpointHook')."
             )
     if "://" in str(options.get("out_dir")):
         raise ConfigError(
             f"CheckpointHook: out_dir is {options['out_dir']!r}, expected a local folder. Name one, or use MMEngine's "
-            "hook (type='CheckpointHook')."
+            "hook (type='mmengine.CheckpointHook')."
         )
     if options.get("max_keep_ckpts") == 1:
         raise ConfigError(
