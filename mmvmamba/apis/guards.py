@@ -39,7 +39,8 @@ def guard_training(cfg: Config) -> list[str]:
 def use_our_checkpoint_hook(cfg: Config) -> str | None:
     """Replace MMEngine's own checkpoint hook by ours, with the same arguments.
 
-    ``type='mmengine.CheckpointHook'``, with the scope, is left alone: that is how a config says that it wants MMEngine's.
+    ``type='mmengine.CheckpointHook'``, with the scope, is left alone: that is how a config says that it wants
+    MMEngine's.
     """
     if cfg.get("runner_type", "Runner") != "Runner":
         return "Checkpoints are saved by MMEngine's own hook, as the runner is another one: a crash may cost them."
