@@ -293,7 +293,8 @@ def format_table(results: Mapping[str, StageResult], path: Path, summary: Mappin
     for name, result in results.items():
         for metric, value in result.metrics.items():
             lines.append(f"{metric:<18}{value:>8.4f}   {result.train_seconds:>7.0f} s   {path.parent / name}")
-    lines.append(f"{'all':<18}{'':>8}   {summary['train_seconds']:>7.0f} s   {path}")
+    lines.append(f"{'all trainings':<18}{'':>8}   {summary['train_seconds']:>7.0f} s   {path}")
+    lines.append(f"The whole demo, with data, tests and pictures: {summary['total_seconds']:.0f} s.")
     lines.append("")
     lines.append("In each folder: predictions.png (beside the truth), curves.png, train.log, test.log, the checkpoint.")
     if summary["quick"]:
