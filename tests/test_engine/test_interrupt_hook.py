@@ -33,6 +33,8 @@ def _quiet(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _handlers_are_back():
+    # A shell starts what it runs in the background with Ctrl-C ignored, and the hook respects that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(name) for name in map(signal.Signals.__getitem__, SIGNALS)]
     yield
     assert [signal.getsignal(name) for name in map(signal.Signals.__getitem__, SIGNALS)] == before

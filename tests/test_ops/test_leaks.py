@@ -103,6 +103,6 @@ def test_memory_stays(call: Call, one_thread: None) -> None:
     tensors, resident = tensors_alive(), resident_bytes()
     for _ in range(CALLS):
         call()
-    assert tensors_alive() == tensors
+    assert tensors_alive() <= tensors  # fewer is what earlier tests had left behind
     growth = resident_bytes() - resident
     assert growth < MOST_GROWTH, f"{growth} bytes more after {CALLS} calls"
