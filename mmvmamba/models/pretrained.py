@@ -10,6 +10,7 @@ from mmengine.model.weight_init import PretrainedInit
 from torch import Tensor, nn
 
 from mmvmamba.checkpoints import read_checkpoint
+from mmvmamba.checkpoints.matching import renamed
 from mmvmamba.checkpoints.official import adapt
 from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
 
@@ -80,7 +81,7 @@ def cut(state: Mapping[str, Tensor], prefix: str, checkpoint: str) -> dict[str, 
         CheckpointMismatch: If there is none.
     """
     start = prefix.rstrip(".") + "."
-    part = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+    part = renamed(state, lambda name: name[len(start) :] if name.startswith(start) else None, repr(checkpoint))
     if not part:
         raise CheckpointMismatch(
             f"checkpoint {checkpoint!r}: none of {len(state)} entries begins with prefix {start!r}; found parts "
