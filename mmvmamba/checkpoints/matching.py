@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mmvmamba.checkpoints.official import recognise
 from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
@@ -329,8 +330,9 @@ def _as_loaded(
     def walk(part: nn.Module, state: dict[str, Any], prefix: str) -> None:
         part = unwrapped(part)
         unexpected: list[str] = []
+        twin = _twin(part, prefix, source)
         try:
-            _twin(part)._load_from_state_dict(state, prefix, metadata.get(prefix[:-1], {}), True, [], unexpected, [])
+            twin._load_from_state_dict(state, prefix, metadata.get(prefix[:-1], {}), True, [], unexpected, [])
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             raise CheckpointMismatch(
                 f"checkpoint {source}: {type(part).__name__} {prefix.rstrip('.')!r} cannot convert what it holds "
@@ -339,7 +341,9 @@ def _as_loaded(
         buffers = {name: b for name, b in part._buffers.items() if name not in part._non_persistent_buffers_set}
         for name, value in (*part._parameters.items(), *buffers.items()):
             if value is not None:
-                own[prefix + name] = value
+                # Some take the shape of what they are given, as observers of quantisation do.
+                after = getattr(twin, name, None)
+                own[prefix + name] = after if isinstance(after, Tensor) and after.shape != value.shape else value
                 if prefix + name in state:
                     converted[prefix + name] = state[prefix + name]
         converted.update((name, state[name]) for name in unexpected if name in state)
@@ -355,8 +359,13 @@ def _as_loaded(
     return own, converted
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: nn.Module, prefix: str, source: str) -> nn.Module:
     """Return a module that shares everything with ``module`` but its own tensors, which are copies."""
+    if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values()) if value is not None):
+        raise CheckpointMismatch(
+            f"checkpoint {source}: {type(module).__name__} {prefix.rstrip('.')!r} has tensors without shapes yet, "
+            "expected a model whose shapes are known. Run it once on an input of your data before it is loaded."
+        )
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__[_TWIN] = True
