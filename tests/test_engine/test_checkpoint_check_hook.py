@@ -417,6 +417,13 @@ def test_versions_of_modules_reach_mmengine(good, tmp_path):
     runner = _runner(tmp_path, model, tmp_path / "x.pth")
     runner.call_hook("after_load_checkpoint", checkpoint=content)
     assert content["state_dict"]._metadata == model.state_dict()._metadata
+    content = _training(good, ema_state_dict=_average(good))
+    runner = _runner(tmp_path, model, tmp_path / "x.pth", resume=True, hooks=[EMA])
+    runner.call_hook("before_run")
+    runner.call_hook("after_load_checkpoint", checkpoint=content)
+    hook = next(hook for hook in runner.hooks if isinstance(hook, EMAHook))
+    expected = {name: value for name, value in hook.ema_model.state_dict()._metadata.items() if name}
+    assert content["ema_state_dict"]._metadata == expected
 
 
 def test_other_models_pass_untouched(tmp_path):

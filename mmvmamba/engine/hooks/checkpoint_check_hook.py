@@ -155,8 +155,9 @@ def _check_average(model: nn.Module, average: Mapping[str, Any], source: str) ->
         source=source,
         advice="Resume with the config the training was started with.",
     )
-    steps = {"steps": average["steps"]} if "steps" in average else {}
-    return {**steps, **{f"module.{name}": value for name, value in match.taken.items()}}
+    averaged: dict[str, Any] = renamed(filled(model, match), lambda name: f"module.{name}", source)
+    averaged.update((name, average[name]) for name in _COUNTERS if name in average)
+    return averaged
 
 
 def _advice(stored: Mapping[str, Tensor], model: nn.Module) -> str:
