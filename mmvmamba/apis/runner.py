@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from mmvmamba.apis.guards import guard_loading, guard_training
 from mmvmamba.apis.resume import choose_start
+from mmvmamba.checkpoints.mmengine_loader import located
 from mmvmamba.errors import CheckpointError, ConfigError
 
 SCOPES = ("mmdet", "mmseg", "mmpretrain")
@@ -170,12 +171,14 @@ def prepare_testing(
         tta: Use test-time augmentation.
 
     Raises:
-        CheckpointError: If the checkpoint does not exist.
+        CheckpointError: If the checkpoint does not exist, or is a URL of a kind that is not served.
         ConfigError: If the config or model has no support for a flag.
     """
-    if not Path(checkpoint).is_file() and not checkpoint.startswith(("http://", "https://")):
+    if "://" in checkpoint:
+        located(checkpoint)
+    elif not Path(checkpoint).is_file():
         raise CheckpointError(
-            f"checkpoint {checkpoint!r} does not exist, expected a file or an http(s) URL. Train or download it first, "
+            f"checkpoint {checkpoint!r} does not exist, expected a file or an https URL. Train or download it first, "
             "or correct the path."
         )
     cfg.load_from = checkpoint

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mmvmamba.checkpoints.official import recognise
 from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
 
 _NAMES_SHOWN = 10
+#: The part that ``torch.compile`` puts into the names of what is inside a compiled module.
+_COMPILED = "_orig_mod"
+_TWIN = "_mmvmamba_twin"
 _ADVICE = "Use the checkpoint of this model, or build the model of this checkpoint."
 #: dtypes whose values every later one of the same row holds exactly (bfloat16 and float16 do not hold each other's).
 _EXACT = (
@@ -64,6 +69,7 @@ def compare(
     what: str,
     source: str,
     advice: str = _ADVICE,
+    values: bool = True,
 ) -> Match:
     """Return what a checkpoint gives to a model, or raise unless it is all of it.
 
@@ -77,6 +83,7 @@ def compare(
         what: The model, for messages.
         source: The checkpoint, for messages.
         advice: One thing to do, for messages.
+        values: Whether dtypes and values count as well, not names and shapes alone.
 
     Raises:
         ConfigError: If an entry of ``allow_missing`` is the beginning of no name.
@@ -108,9 +115,9 @@ def compare(
         "of another dtype": [
             f"{name} {value.dtype} instead of {own[name].dtype}"
             for name, value in taken.items()
-            if not _is_exact(value.dtype, own[name].dtype)
+            if values and not _is_exact(value.dtype, own[name].dtype)
         ],
-        "not finite": [name for name, value in taken.items() if not bool(value.isfinite().all())],
+        "not finite": [name for name, value in taken.items() if values and not bool(value.isfinite().all())],
     }
     if any(problems.values()):
         raise CheckpointMismatch(
@@ -127,6 +134,41 @@ def compare(
     )  # fmt: skip
 
 
+def check_before_loading(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *, allow_missing: Sequence[str] = ()
+) -> None:
+    """Raise unless a state dict that is being loaded has all of a module, by names and shapes.
+
+    To be called in a module's ``_load_from_state_dict``, which every way of loading calls before that of its children.
+
+    Args:
+        module: The module.
+        state_dict: The entries, of other modules too.
+        prefix: What those of the module begin with.
+        allow_missing: See ``compare``.
+
+    Raises:
+        CheckpointMismatch: If the state dict has an entry that begins with ``prefix`` and does not fit as a whole.
+    """
+    stored = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+    if stored and not is_twin(module):
+        check(
+            module,
+            stored,
+            allow_missing=allow_missing,
+            what=type(module).__name__,
+            source=f"(its entries {prefix + '*'!r})",
+            advice="Load the checkpoint of this model; to load a part on purpose, call load_state_dict of "
+            f"{prefix.rstrip('.')!r} itself.",
+            values=False,
+        )
+
+
+def is_twin(module: nn.Module) -> bool:
+    """Return whether a module is a copy that ``check`` made, to ask how the module would load."""
+    return _TWIN in module.__dict__
+
+
 def check(
     module: nn.Module,
     stored: Mapping[str, Tensor],
@@ -135,6 +177,7 @@ def check(
     what: str | None = None,
     source: str,
     advice: str = _ADVICE,
+    values: bool = True,
 ) -> Match:
     """Compare a checkpoint with a module as ``compare`` does, in the form in which the module would load it.
 
@@ -145,20 +188,22 @@ def check(
     Args:
         module: The model; wrappers for distribution are looked through.
         stored: The checkpoint's tensors.
-        allow_missing, source, advice: See ``compare``.
+        allow_missing, source, advice, values: See ``compare``.
         what: The model, for messages; by default its class and what is known of its backbone.
 
     Raises:
         ConfigError: See ``compare``.
         CheckpointMismatch: See ``compare``; also if a module fails to convert what it is given.
     """
-    own, converted = _as_loaded(module, stored, source)
+    own, converted = _as_loaded(module, plain_names(stored, module, source), source)
     if what is None:
         what = name_of(unwrapped(module), own)
     # Tables that a module computes itself and takes from no checkpoint, as Swin v2 does.
     kept = [name for name in own if name in stored and name not in converted]
     wanted = {name: value for name, value in own.items() if name not in kept}
-    match = compare(wanted, converted, allow_missing=allow_missing, what=what, source=source, advice=advice)
+    match = compare(
+        wanted, converted, allow_missing=allow_missing, what=what, source=source, advice=advice, values=values
+    )
     return dataclasses.replace(match, total=len(own), skipped=(*match.skipped, *kept))
 
 
@@ -178,8 +223,64 @@ def load(module: nn.Module, match: Match) -> None:
         module: The module that was checked.
         match: What ``check`` returned for it.
     """
-    inner = unwrapped(module)
-    inner.load_state_dict({**inner.state_dict(), **match.taken}, strict=True)
+    unwrapped(module).load_state_dict(filled(module, match), strict=True)
+
+
+def filled(module: nn.Module, match: Match) -> dict[str, Any]:
+    """Return the whole state dict that a module shall have: what ``check`` found, and its own values for the rest.
+
+    It has the module's present versions (``_metadata``), because what was found is converted already: with those of the
+    file, or none, a module might convert it a second time.
+    """
+    state: dict[str, Any] = unwrapped(module).state_dict()
+    state.update(match.taken)
+    return state
+
+
+def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None], source: str) -> dict[str, Tensor]:
+    """Return the entries of a state dict under other names, with the versions of their modules (``_metadata``).
+
+    Args:
+        state: Names to tensors.
+        rename: The new name of an entry or of a module, or None for what is left out.
+        source: The checkpoint, for messages.
+
+    Raises:
+        CheckpointMismatch: If two entries would have the same name.
+    """
+    result: OrderedDict[str, Tensor] = OrderedDict()
+    origin: dict[str, str] = {}
+    for name, value in state.items():
+        new = rename(name)
+        if new is None:
+            continue
+        if new in result:
+            raise CheckpointMismatch(
+                f"checkpoint {source}: {origin[new]!r} and {name!r} are both {new!r}, expected each name once. Remove "
+                "one of them."
+            )
+        result[new], origin[new] = value, name
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        # A module's own name has no closing dot, the names that are cut off have one.
+        versions = {rename(f"{name}." if name else ""): version for name, version in metadata.items()}
+        result._metadata = OrderedDict(  # type: ignore[attr-defined]
+            (name.rstrip("."), version) for name, version in versions.items() if name is not None
+        )
+    return result
+
+
+def plain_names(stored: Mapping[str, Tensor], module: nn.Module, source: str) -> Mapping[str, Tensor]:
+    """Return the entries without the parts ``_orig_mod`` of ``torch.compile``, unless the module has such names.
+
+    Raises:
+        CheckpointMismatch: If the checkpoint has an entry under both names.
+    """
+    if not any(_COMPILED in name.split(".") for name in stored):
+        return stored
+    if any(_COMPILED in name.split(".") for name, _ in unwrapped(module).named_modules()):
+        return stored
+    return renamed(stored, lambda name: ".".join(part for part in name.split(".") if part != _COMPILED), source)
 
 
 def differing(module: nn.Module, match: Match) -> list[str]:
@@ -229,8 +330,9 @@ def _as_loaded(
     def walk(part: nn.Module, state: dict[str, Any], prefix: str) -> None:
         part = unwrapped(part)
         unexpected: list[str] = []
+        twin = _twin(part, prefix, source)
         try:
-            _twin(part)._load_from_state_dict(state, prefix, metadata.get(prefix[:-1], {}), True, [], unexpected, [])
+            twin._load_from_state_dict(state, prefix, metadata.get(prefix[:-1], {}), True, [], unexpected, [])
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             raise CheckpointMismatch(
                 f"checkpoint {source}: {type(part).__name__} {prefix.rstrip('.')!r} cannot convert what it holds "
@@ -239,7 +341,9 @@ def _as_loaded(
         buffers = {name: b for name, b in part._buffers.items() if name not in part._non_persistent_buffers_set}
         for name, value in (*part._parameters.items(), *buffers.items()):
             if value is not None:
-                own[prefix + name] = value
+                # Some take the shape of what they are given, as observers of quantisation do.
+                after = getattr(twin, name, None)
+                own[prefix + name] = after if isinstance(after, Tensor) and after.shape != value.shape else value
                 if prefix + name in state:
                     converted[prefix + name] = state[prefix + name]
         converted.update((name, state[name]) for name in unexpected if name in state)
@@ -255,10 +359,16 @@ def _as_loaded(
     return own, converted
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: nn.Module, prefix: str, source: str) -> nn.Module:
     """Return a module that shares everything with ``module`` but its own tensors, which are copies."""
+    if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values()) if value is not None):
+        raise CheckpointMismatch(
+            f"checkpoint {source}: {type(module).__name__} {prefix.rstrip('.')!r} has tensors without shapes yet, "
+            "expected a model whose shapes are known. Run it once on an input of your data before it is loaded."
+        )
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
+    twin.__dict__[_TWIN] = True
     twin.__dict__["_parameters"] = {
         name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
         for name, value in module._parameters.items()

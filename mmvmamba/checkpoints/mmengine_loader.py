@@ -49,7 +49,7 @@ def load_from_mmvmamba(filename: str, map_location: Any = None) -> dict[str, Any
     Raises:
         CheckpointError: As ``read_checkpoint`` does, and for schemes that are not served.
     """
-    content = read_checkpoint(_located(str(filename)), map_location=map_location)
+    content = read_checkpoint(located(str(filename)), map_location=map_location)
     state = content["state_dict"]
     if str(filename).startswith("mmcls://"):
         # As mmengine does: these are classifiers, and the backbone alone is meant.
@@ -59,7 +59,12 @@ def load_from_mmvmamba(filename: str, map_location: Any = None) -> dict[str, Any
     return content
 
 
-def _located(filename: str) -> str:
+def located(filename: str) -> str:
+    """Return the file or https URL that a name means.
+
+    Raises:
+        CheckpointError: If it begins with a scheme that is not served, or a table has no such name.
+    """
     match = _SCHEME.match(filename)
     if not match or match.group(1) == "https":
         return filename
@@ -80,13 +85,20 @@ def _located(filename: str) -> str:
     )
 
 
-def _looked_up(filename: str, name: str, table: Mapping[str, str]) -> str:
-    if name not in table:
+def _looked_up(filename: str, name: str, table: Mapping[str, str | None]) -> str:
+    found = table.get(name)
+    # torchvision lists models that it has no weights of.
+    if name in table and not found:
+        raise CheckpointError(
+            f"checkpoint {filename!r} is in mmengine's table without an address, expected a model with released "
+            "weights. Name another, or a file."
+        )
+    if not found:
         raise CheckpointError(
             f"checkpoint {filename!r} is not in mmengine's table of {len(table)} names, expected one of them."
             f"{nearest_spelling(name, table)} Correct it, or name a file."
         )
-    return table[name]
+    return found
 
 
 def _restore_histories(content: dict[str, Any]) -> None:

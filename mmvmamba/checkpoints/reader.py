@@ -277,6 +277,10 @@ def _arranged(content: Any, name: str, section: str | None, allow_non_finite: bo
     return arranged
 
 
+def _is_of_tensors(value: Mapping[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
+
+
 def _state_dict(state: Any, name: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise CheckpointError(
@@ -285,18 +289,29 @@ def _state_dict(state: Any, name: str) -> dict[str, Tensor]:
         )
     wrong = [f"{key!r} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
     wrong += [f"{key!r}, a name that is no text" for key in state if not isinstance(key, str)]
+    sections = [key for key, value in state.items() if isinstance(value, Mapping) and _is_of_tensors(value)]
+    advice = (
+        f"The sections {sections[:_NAMES_SHOWN]} hold tensors: give read_checkpoint one of them as section, or save it "
+        f"alone: torch.save(content[{sections[0]!r}], FILE)."
+        if sections
+        else "Save model.state_dict()."
+    )
     if wrong or not state:
         raise CheckpointError(
             f"checkpoint {name}: {', '.join(wrong[:_NAMES_SHOWN]) or 'the state dict'} "
             f"{'are no tensors' if wrong else 'is empty'}, expected a dict of tensors, alone or under 'state_dict' or "
-            "'model'. Save model.state_dict()."
+            f"'model'. {advice}"
         )
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     result: OrderedDict[str, Tensor] = OrderedDict((key[len(prefix) :], value) for key, value in state.items())
     metadata = getattr(state, "_metadata", None)
-    if metadata is not None and not prefix:
+    if metadata is not None:
         # Versions of the modules, by which PyTorch and mmcv recognise old entries.
-        result._metadata = metadata  # type: ignore[attr-defined]
+        result._metadata = (  # type: ignore[attr-defined]
+            OrderedDict((f"{key}.".removeprefix(prefix).rstrip("."), value) for key, value in metadata.items())
+            if prefix
+            else metadata
+        )
     return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -57,7 +58,10 @@ def adapt(state_dict: dict[str, Tensor], source: str = "") -> dict[str, Tensor]:
 
 
 def _adapt(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    adapted: dict[str, Tensor] = dict(state_dict)
+    adapted: dict[str, Tensor] = OrderedDict(state_dict)
+    if (metadata := getattr(state_dict, "_metadata", None)) is not None:
+        # What is around the backbone keeps its names, and mmcv's layers tell old entries by it.
+        adapted._metadata = metadata  # type: ignore[attr-defined]
     for prefix, family in _backbones(state_dict).items():
         converter, part = load_converter(family), _part(state_dict, prefix)
         form = "backbone" if prefix else _upstream_form(converter, part)

@@ -9,8 +9,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.model.weight_init import PretrainedInit
 from torch import Tensor, nn
 
-from mmvmamba.checkpoints import read_checkpoint
-from mmvmamba.checkpoints.official import adapt
+from mmvmamba.checkpoints.matching import renamed
+from mmvmamba.checkpoints.mmengine_loader import load_from_mmvmamba
 from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
 
 _NAMES_SHOWN = 10
@@ -47,7 +47,7 @@ def _check_pretrained(entry: Mapping[str, Any]) -> dict[str, Any]:
             )
     if not entry.get("checkpoint"):
         raise ConfigError(
-            f"init_cfg of type Pretrained: checkpoint is {entry.get('checkpoint')!r}, expected a file or an http(s) "
+            f"init_cfg of type Pretrained: checkpoint is {entry.get('checkpoint')!r}, expected a file or an https "
             "URL. Name one, or set init_cfg=None to train from scratch."
         )
     return {key: value for key, value in entry.items() if key != "type"}
@@ -61,7 +61,8 @@ def read_weights(checkpoint: str, prefix: str | None = None, map_location: Any =
     ``mmvmamba.checkpoints.official.adapt``.
 
     Args:
-        checkpoint: A file, or an https URL, which is downloaded once to the cache folder of ``torch.hub``.
+        checkpoint: A file, an https URL, which is downloaded once to the cache folder of ``torch.hub``, or a name of
+            MMEngine's tables such as ``torchvision://resnet50``.
         prefix: Take the entries of this part only, and remove the name; with or without the closing dot.
         map_location: Where the tensors go, as for ``torch.load``.
 
@@ -69,7 +70,7 @@ def read_weights(checkpoint: str, prefix: str | None = None, map_location: Any =
         CheckpointError: If the file is absent, broken or of another kind.
         CheckpointMismatch: If no entry begins with ``prefix``.
     """
-    state = adapt(read_checkpoint(checkpoint, map_location=map_location)["state_dict"], repr(str(checkpoint)))
+    state = load_from_mmvmamba(str(checkpoint), map_location)["state_dict"]
     return cut(state, prefix, checkpoint) if prefix else state
 
 
@@ -80,7 +81,7 @@ def cut(state: Mapping[str, Tensor], prefix: str, checkpoint: str) -> dict[str, 
         CheckpointMismatch: If there is none.
     """
     start = prefix.rstrip(".") + "."
-    part = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+    part = renamed(state, lambda name: name[len(start) :] if name.startswith(start) else None, repr(checkpoint))
     if not part:
         raise CheckpointMismatch(
             f"checkpoint {checkpoint!r}: none of {len(state)} entries begins with prefix {start!r}; found parts "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from mmvmamba.checkpoints.matching import check, compare, covers, differing, load
+from mmvmamba.checkpoints.matching import check, compare, covers, differing, load, renamed
 from mmvmamba.errors import CheckpointMismatch, ConfigError
 
 OWN = {"stem.weight": torch.zeros(4, 3), "stem.bias": torch.zeros(4), "head.fc.weight": torch.zeros(2, 4)}
@@ -211,3 +212,72 @@ def test_buffers_that_are_not_saved_are_not_asked_for():
     assert list(match.taken) == ["weight", "bias", "kept"]
     with pytest.raises(CheckpointMismatch, match=r"1 unexpected \['derived'\]"):
         check(model, {**match.taken, "derived": torch.zeros(1)}, source="'x.pth'")
+
+
+def test_modules_may_take_the_shape_of_the_file():
+    """A calibrated observer of quantisation, which has no values before."""
+    model, calibrated = nn.Sequential(PerChannelMinMaxObserver()), nn.Sequential(PerChannelMinMaxObserver())
+    calibrated(torch.randn(5, 3))
+    match = check(model, calibrated.state_dict(), source="'x.pth'")
+    assert model[0].min_val.shape == (0,)
+    load(model, match)
+    assert torch.equal(model[0].min_val, calibrated[0].min_val)
+    assert model[0].min_val.shape == (5,)
+
+
+def test_tensors_without_shapes_are_named():
+    model = nn.Sequential(nn.LazyLinear(2))
+    with pytest.raises(CheckpointMismatch, match=r"LazyLinear '0' has tensors without shapes yet.*Run it once"):
+        check(model, {"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2)}, source="'x.pth'")
+    assert model[0].has_uninitialized_params()
+
+
+@pytest.mark.parametrize("start", ["_orig_mod.", "stem._orig_mod."])
+def test_names_of_compiled_modules_are_understood(start):
+    model = nn.ModuleDict({"stem": nn.Linear(2, 2)})
+    beginning = start if start.startswith("_") else ""
+    state = {f"{beginning}stem.{start.removeprefix(beginning).removeprefix('stem.')}{name}": torch.ones(shape)
+             for name, shape in (("weight", (2, 2)), ("bias", (2,)))}  # fmt: skip
+    match = check(model, state, source="'x.pth'")
+    assert list(match.taken) == ["stem.weight", "stem.bias"]
+    with pytest.raises(CheckpointMismatch, match=r"_orig_mod.*and 'stem.bias' are both 'stem.bias', expected each"):
+        check(model, {**state, "stem.bias": torch.ones(2)}, source="'x.pth'")
+
+
+def test_names_of_compiled_modules_stay_where_the_model_has_them():
+    model = nn.ModuleDict({"stem": torch.compile(nn.Linear(2, 2))})
+    assert list(check(model, model.state_dict(), source="'x.pth'").taken) == list(model.state_dict())
+
+
+class _Turned(nn.Module):
+    """A module that stores its weight the other way round since version 2."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version", 1) < 2 and prefix + "weight" in state_dict:
+            state_dict[prefix + "weight"] = state_dict[prefix + "weight"].flip(0)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+@pytest.mark.parametrize(("version", "expected"), [(1, [4.0, 3.0]), (2, [3.0, 4.0]), (None, [4.0, 3.0])])
+def test_old_entries_are_converted_once(version, expected):
+    model = nn.Sequential(_Turned())
+    stored = model.state_dict()
+    stored["0.weight"] = torch.tensor([3.0, 4.0])
+    stored._metadata["0"] = {"version": version}
+    if version is None:
+        stored = dict(stored)
+    load(model, check(model, stored, source="'x.pth'"))
+    assert model[0].weight.tolist() == expected
+
+
+def test_versions_of_modules_are_renamed_with_them():
+    state = nn.ModuleDict({"module": nn.ModuleDict({"norm": nn.BatchNorm1d(2)}), "other": _Turned()}).state_dict()
+    part = renamed(state, lambda name: name[7:] if name.startswith("module.") else None, "'x.pth'")
+    assert part._metadata == {"": {"version": 1}, "norm": {"version": 2}}
+    assert list(part) == [f"norm.{name}" for name in nn.BatchNorm1d(2).state_dict()]

@@ -124,6 +124,27 @@ def test_sections(tmp_path):
         _read(content, tmp_path, section="ema")
 
 
+@pytest.mark.parametrize("name", ["net", "params", "params_ema"])
+def test_sections_of_other_trainings_are_listed(name, tmp_path):
+    content = {name: STATE, "other": STATE, "optimizer": {"state": {}}, "epoch": 3}
+    with pytest.raises(
+        CheckpointError, match=rf"sections \['{name}', 'other'\] hold tensors: give .* section, or save"
+    ):
+        _read(content, tmp_path)
+    assert list(_read(content, tmp_path, section=name)["state_dict"]) == list(STATE)
+
+
+def test_names_without_an_address_are_refused(monkeypatch):
+    from mmengine.runner import CheckpointLoader
+    from mmengine.runner import checkpoint as stock
+
+    monkeypatch.setattr(stock, "get_torchvision_models", lambda: {"shufflenetv2_x1.5": None})
+    with pytest.raises(CheckpointError, match=r"'torchvision://shufflenetv2_x1.5' is in mmengine's table without an"):
+        CheckpointLoader.load_checkpoint("torchvision://shufflenetv2_x1.5", logger="silent")
+    with pytest.raises(CheckpointError, match="not in mmengine's table of 1 names"):
+        CheckpointLoader.load_checkpoint("torchvision://shufflenetv2", logger="silent")
+
+
 def test_the_prefix_of_a_distributed_training_goes(tmp_path):
     assert list(_read({f"module.{key}": value for key, value in STATE.items()}, tmp_path)["state_dict"]) == list(STATE)
     mixed = {"module.a": torch.ones(1), "b": torch.ones(1)}
@@ -132,6 +153,8 @@ def test_the_prefix_of_a_distributed_training_goes(tmp_path):
 
 def test_versions_of_modules_stay_with_the_weights(tmp_path):
     assert _read(torch.nn.BatchNorm1d(2).state_dict(), tmp_path)["state_dict"]._metadata[""] == {"version": 2}
+    parallel = torch.nn.DataParallel(torch.nn.Sequential(torch.nn.BatchNorm1d(2))).state_dict()
+    assert _read(parallel, tmp_path)["state_dict"]._metadata == {"": {"version": 1}, "0": {"version": 2}}
 
 
 def test_safetensors(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -321,6 +322,108 @@ def test_averages_are_checked_on_a_resume(good, tmp_path):
     for name, value in model.state_dict().items():  # MMEngine stores them the other way round
         assert torch.equal(value, good[name] + 1)
         assert torch.equal(hook.ema_model.module.state_dict()[name], good[name])
+
+
+def test_an_average_is_not_begun_anew_on_a_resume(good, tmp_path):
+    path, model = tmp_path / "x.pth", Detector()
+    before = copy.deepcopy(model.state_dict())
+    torch.save(_training(good), path)
+    runner = _runner(tmp_path, model, path, resume=True, hooks=[EMA])
+    runner.call_hook("before_run")
+    with pytest.raises(CheckpointMismatch, match="has no ema_state_dict, expected the averaged weights"):
+        runner.load_checkpoint(str(path))
+    assert _unchanged(model, before)
+    runner = _runner(tmp_path, model, path, hooks=[EMA])
+    runner.call_hook("before_run")
+    runner.load_checkpoint(str(path))
+    assert _unchanged(model, good)
+
+
+def _stepped(model, kind):
+    optimizer = kind(model.parameters(), lr=0.1)
+    for value in model.parameters():
+        value.grad = torch.ones_like(value)
+    optimizer.step()
+    return optimizer
+
+
+def _sgd(parameters, lr):
+    return torch.optim.SGD(parameters, lr, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "message"),
+    [
+        (torch.optim.AdamW, _sgd, r"fit the optimizer SGD: found lr, betas.*expected dampening, momentum as well"),
+        (_sgd, torch.optim.AdamW, r"fit the optimizer AdamW: found .*expected betas, eps as well"),
+        (
+            _sgd,
+            lambda p, lr: _sgd(list(p)[1:], lr),
+            r"fit the optimizer SGD: found 1 groups of \d+ parameters, expected 1 of \d+",
+        ),
+        (None, _sgd, r"fit the optimizer SGD: found state, expected a state and param_groups"),
+    ],
+)
+def test_a_resume_needs_the_same_optimizer(stored, own, message, good, tmp_path):
+    path, model = tmp_path / "x.pth", Detector()
+    before = copy.deepcopy(model.state_dict())
+    state = _stepped(Detector(), stored).state_dict() if stored else {"state": {}}
+    torch.save(_training(good, optimizer=state), path)
+    runner = _runner(tmp_path, model, path, resume=True)
+    runner.optim_wrapper = OptimWrapper(own(model.parameters(), lr=0.1))
+    with pytest.raises(CheckpointMismatch, match=message):
+        runner.load_checkpoint(str(path))
+    assert _unchanged(model, before)
+    runner.optim_wrapper = OptimWrapperDict(all=OptimWrapper(own(model.parameters(), lr=0.1)))
+    with pytest.raises(CheckpointMismatch, match="has the state of the optimizers state.*, expected all"):
+        runner.load_checkpoint(str(path))
+    torch.save(_training(good, optimizer={"all": state}), path)
+    with pytest.raises(CheckpointMismatch, match=rf"optimizer 'all'\) does not {message}"):
+        runner.load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_same_optimizer_is_resumed(older, good, tmp_path):
+    """Also one of a PyTorch that did not have all of today's switches."""
+    path, model = tmp_path / "x.pth", Detector()
+    state = _stepped(Detector(), torch.optim.AdamW).state_dict()
+    if older:
+        state["param_groups"] = [
+            {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "params")}
+            for group in state["param_groups"]
+        ]
+    torch.save(_training(good, optimizer=state), path)
+    runner = _runner(tmp_path, model, path, resume=True)
+    runner.optim_wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=0.1))
+    runner.load_checkpoint(str(path))
+    runner.optim_wrapper.load_state_dict(state)
+    runner.optim_wrapper.optimizer.step()
+    assert _unchanged(model, good)
+
+
+def test_an_entry_with_and_without_the_wrapper_is_ambiguous(good, tmp_path):
+    path, model = tmp_path / "x.pth", Detector()
+    before = copy.deepcopy(model.state_dict())
+    torch.save({"state_dict": {**good, f"module.{FIRST}": good[FIRST] + 1}}, path)
+    with pytest.raises(CheckpointMismatch, match=rf"'{FIRST}' and 'module.{FIRST}' are both '{FIRST}'"):
+        _runner(tmp_path, model, path).load_or_resume()
+    assert _unchanged(model, before)
+
+
+def test_versions_of_modules_reach_mmengine(good, tmp_path):
+    """Those of the model, since what is loaded is converted already."""
+    torch.save({"state_dict": with_old_names(good, "backbone.")}, tmp_path / "x.pth")
+    model, content = Detector(), {"state_dict": dict(good)}
+    runner = _runner(tmp_path, model, tmp_path / "x.pth")
+    runner.call_hook("after_load_checkpoint", checkpoint=content)
+    assert content["state_dict"]._metadata == model.state_dict()._metadata
+    content = _training(good, ema_state_dict=_average(good))
+    runner = _runner(tmp_path, model, tmp_path / "x.pth", resume=True, hooks=[EMA])
+    runner.call_hook("before_run")
+    runner.call_hook("after_load_checkpoint", checkpoint=content)
+    hook = next(hook for hook in runner.hooks if isinstance(hook, EMAHook))
+    expected = {name: value for name, value in hook.ema_model.state_dict()._metadata.items() if name}
+    assert content["ema_state_dict"]._metadata == expected
 
 
 def test_other_models_pass_untouched(tmp_path):

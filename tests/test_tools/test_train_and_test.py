@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 
 from mmvmamba.apis import check_data, check_weights, load_config, prepare_testing, prepare_training
-from mmvmamba.errors import CheckpointMismatch, ConfigError, DataError
+from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 DET = str(ROOT / "configs/det/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py")
@@ -60,6 +60,29 @@ def test_testing_without_weights_stops_first():
     result = _run("test.py", DET, "nowhere.pth")
     assert result.returncode == 1
     assert "error: checkpoint 'nowhere.pth' does not exist" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("nowhere.pth", "does not exist"),
+        ("http://example.org/a.pth", "begins with http://, expected a file, an https URL"),
+        ("s3://bucket/a.pth", "begins with s3://"),
+        ("open-mmlab://nowhere", "not in mmengine's table"),
+    ],
+)
+def test_checkpoints_that_are_not_served_are_refused_first(checkpoint, message):
+    cfg = Config(dict(default_scope="mmdet"))
+    with pytest.raises(CheckpointError, match=message):
+        prepare_testing(cfg, checkpoint)
+    assert "load_from" not in cfg
+
+
+@pytest.mark.parametrize("checkpoint", ["https://example.org/a.pth", "open-mmlab://resnet50_caffe"])
+def test_checkpoints_of_every_kind_that_is_served_are_taken(checkpoint):
+    cfg = Config(dict(default_scope="mmdet"))
+    prepare_testing(cfg, checkpoint)
+    assert cfg.load_from == checkpoint
 
 
 def test_missing_config_is_named():

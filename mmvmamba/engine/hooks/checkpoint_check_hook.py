@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine.hooks import EMAHook, Hook
+from mmengine.optim import BaseOptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmvmamba.checkpoints.matching import check, check_entries
+from mmvmamba.checkpoints.matching import check, check_entries, filled, renamed
 from mmvmamba.checkpoints.official import adapt, recognise
 from mmvmamba.errors import CheckpointMismatch
 from mmvmamba.models.pretrained import innermost
@@ -17,6 +19,8 @@ from mmvmamba.registry import HOOKS
 
 #: What a training needs to go on, beside its weights.
 _STATE_OF_A_TRAINING = ("meta", "message_hub", "optimizer")
+#: What an average has beside weights.
+_COUNTERS = ("steps",)
 
 
 @HOOKS.register_module()
@@ -50,9 +54,10 @@ class CheckpointCheckHook(Hook):
                 resume also if the checkpoint is not that of a training like this one.
         """
         source, model = repr(str(runner._load_from or "given to the runner")), innermost(runner.model)
-        stored = adapt(_without_wrapper(checkpoint.get("state_dict", checkpoint)), source)
+        stored = adapt(_without_wrapper(checkpoint.get("state_dict", checkpoint), source), source)
         if runner._resume:
             _check_state_of_training(runner, checkpoint, source)
+            _check_optimizers(runner, checkpoint["optimizer"], source)
             match = check(
                 model, stored, source=source, advice="Resume with the config that the training was started with."
             )
@@ -61,17 +66,16 @@ class CheckpointCheckHook(Hook):
                 checkpoint["ema_state_dict"] = averaged
         else:
             match = check(model, stored, allow_missing=self.allow_missing, source=source, advice=_advice(stored, model))
-        if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = dict(match.taken)
-        else:
+        if "state_dict" not in checkpoint:
             checkpoint.clear()
-            checkpoint.update(match.taken)
+        # With the model's own values for what may be missing: MMEngine then has nothing to warn of.
+        checkpoint["state_dict"] = filled(model, match)
         runner.logger.info(match.line())
 
 
-def _without_wrapper(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_wrapper(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Return the entries without the prefix of a distributed model, as MMEngine will load them."""
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return renamed(state, lambda name: name.removeprefix("module."), source)
 
 
 def _check_state_of_training(runner: Runner, checkpoint: Mapping[str, Any], source: str) -> None:
@@ -88,19 +92,72 @@ def _check_state_of_training(runner: Runner, checkpoint: Mapping[str, Any], sour
             f"checkpoint {source} is of a training with averaged weights (EMA), expected one without: its state_dict "
             "holds the average, not the weights to go on from. Put its EMAHook into custom_hooks."
         )
+    if averages and "ema_state_dict" not in checkpoint:
+        raise CheckpointMismatch(
+            f"checkpoint {source} has no ema_state_dict, expected the averaged weights of the EMAHook in the config: "
+            "an average begun anew would be another training. Remove the EMAHook, or start from these weights with "
+            "load_from."
+        )
+
+
+def _check_optimizers(runner: Runner, stored: Any, source: str) -> None:
+    """Raise unless the stored state is of optimizers as the runner has them; those not built yet are not asked."""
+    wrapper = runner.optim_wrapper
+    if isinstance(wrapper, OptimWrapperDict):
+        own = dict(wrapper.items())
+        if not isinstance(stored, Mapping) or own.keys() - stored.keys():
+            raise CheckpointMismatch(
+                f"checkpoint {source} has the state of the optimizers {_listed(stored)}, expected {_listed(own)}. "
+                "Resume with the config that the training was started with."
+            )
+        for name, part in own.items():
+            _check_optimizer(part.optimizer, stored[name], f"{source} (optimizer {name!r})")
+    elif isinstance(wrapper, BaseOptimWrapper):
+        _check_optimizer(wrapper.optimizer, stored, source)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, stored: Any, source: str) -> None:
+    """PyTorch compares the numbers of parameters only; settings that are absent end in a ``KeyError`` of a step."""
+    groups = stored.get("param_groups") if isinstance(stored, Mapping) else None
+    own = optimizer.param_groups
+    name = type(optimizer).__name__
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Mapping) for group in groups):
+        problem = f"{_listed(stored)}, expected a state and param_groups"
+    elif [len(group.get("params", ())) for group in groups] != [len(group["params"]) for group in own]:
+        problem = (
+            f"{len(groups)} groups of {sum(len(group.get('params', ())) for group in groups)} parameters, expected "
+            f"{len(own)} of {sum(len(group['params']) for group in own)}"
+        )
+    else:
+        # Switches came with later releases of PyTorch, which fills them in by itself.
+        wanted = [key for key, value in optimizer.defaults.items() if not isinstance(value, (bool, type(None)))]
+        missing = sorted({key for group in groups for key in wanted if key not in group})
+        if not missing:
+            return
+        problem = f"{_listed(groups[0])}, expected {', '.join(missing)} as well"
+    raise CheckpointMismatch(
+        f"checkpoint {source} does not fit the optimizer {name}: found {problem}. Resume with the config that the "
+        "training was started with, or start from its weights with load_from."
+    )
+
+
+def _listed(entries: Any) -> str:
+    return ", ".join(map(str, entries)) if isinstance(entries, Mapping) else f"a {type(entries).__name__}"
 
 
 def _check_average(model: nn.Module, average: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the averaged weights under the names of the model, all checked."""
-    weights = {name.removeprefix("module."): value for name, value in average.items() if name != "steps"}
+    source = f"{source} (ema_state_dict)"
+    weights = renamed(average, lambda name: None if name in _COUNTERS else name.removeprefix("module."), source)
     match = check(
         model,
         weights,
-        source=f"{source} (ema_state_dict)",
+        source=source,
         advice="Resume with the config the training was started with.",
     )
-    steps = {"steps": average["steps"]} if "steps" in average else {}
-    return {**steps, **{f"module.{name}": value for name, value in match.taken.items()}}
+    averaged: dict[str, Any] = renamed(filled(model, match), lambda name: f"module.{name}", source)
+    averaged.update((name, average[name]) for name in _COUNTERS if name in average)
+    return averaged
 
 
 def _advice(stored: Mapping[str, Tensor], model: nn.Module) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmvmamba.checkpoints.matching import Match, check, load
+from mmvmamba.checkpoints.matching import Match, check, check_before_loading, is_twin, load, plain_names
 from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError, nearest_spelling
 from mmvmamba.models.pretrained import cut, parts, read_weights, split_init_cfg
 
@@ -249,12 +249,9 @@ class BaseBackbone(BaseModule):
                 )
             left_out = [name for name in state if not name.startswith("backbone.")]
             state = cut(state, "backbone", checkpoint)
-        own = self.state_dict()
-        own_norms = {key for key in own if _OUT_NORM.match(key)}
-        fields = {key.split(".", 1)[1] for key in own_norms}
-        possible = {f"outnorm{i}.{field}" for i in range(len(self.depths)) for field in fields}
-        fresh = not own_norms <= state.keys()
-        drop = possible if fresh else possible - own_norms
+        state = dict(plain_names(state, self, source))
+        own_norms, drop = self._out_norms(state)
+        fresh = own_norms <= drop
         match = check(
             self,
             {key: value for key, value in state.items() if key not in drop},
@@ -263,6 +260,35 @@ class BaseBackbone(BaseModule):
             advice="Check arch, in_channels and prefix, or name a checkpoint of this variant.",
         )
         return dataclasses.replace(match, unused=(*(key for key in state if key in drop), *left_out))
+
+    def _out_norms(self, names: Collection[str], prefix: str = "") -> tuple[set[str], set[str]]:
+        """Return the names of all out norms here, and of those that nothing is taken for or from."""
+        own = {prefix + key for key in self.state_dict() if _OUT_NORM.match(key)}
+        fields = {key[len(prefix) :].split(".", 1)[1] for key in own}
+        possible = {f"{prefix}outnorm{i}.{field}" for i in range(len(self.depths)) for field in fields}
+        return own, possible - own if own <= set(names) else possible
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse weights of another backbone where a model around this one is loaded with ``strict`` off.
+
+        MMEngine's ``load_checkpoint``, and so ``init_detector`` and the inferencers, load what fits and print the rest.
+        Whoever calls ``load_state_dict`` of the backbone itself, where no ``prefix`` is, says by ``strict`` what may
+        be absent.
+
+        Raises:
+            CheckpointMismatch: If there are entries for this backbone, but not all, or of other shapes, or others.
+        """
+        if prefix and not is_twin(self):
+            own_norms, drop = self._out_norms(state_dict, prefix)
+            fresh = own_norms <= drop
+            rest = {key: value for key, value in state_dict.items() if key not in drop}
+            allowed = sorted(name[len(prefix) :] for name in own_norms) if fresh else ()
+            check_before_loading(self, rest, prefix, allow_missing=allowed)
+            if fresh:
+                # All or none: PyTorch and MMEngine name them as missing, in their own words.
+                for name in drop:
+                    state_dict.pop(name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _load_pretrained(self, checkpoint: str, prefix: str | None = None, map_location: Any = "cpu") -> None:
         match = self.read_pretrained(checkpoint, prefix, map_location)
