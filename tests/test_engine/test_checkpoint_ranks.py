@@ -80,7 +80,7 @@ def test_both_processes_prepare_and_both_stop_if_the_first_cannot_save(tmp_path)
     assert codes == [3, 3], outputs
     assert [(tmp_path / f"prepared{rank}").read_text() for rank in range(2)] == ["0 1 "] * 2
     assert "iter_2.pth" in outputs[0] and "could not be written" in outputs[0]
-    assert "rank 1: the first process could not save a checkpoint" in outputs[1]
+    assert "rank 1: process 0 could not save a checkpoint" in outputs[1]
     assert sorted(path.name for path in (tmp_path / "work").glob("*.pth")) == ["iter_1.pth"]
 
 
