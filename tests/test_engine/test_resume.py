@@ -274,12 +274,16 @@ def test_position_of_another_release_is_refused(tmp_path):
         train(config(tmp_path / "resumed", length=2), tmp_path / "uninterrupted/iter_3.pth")
 
 
-def test_other_number_of_processes_keeps_the_share_of_the_data(tmp_path):
-    """Two processes wrote the checkpoint after one batch each, so this one has seen two."""
+@pytest.mark.parametrize("said", [True, False])
+def test_other_number_of_processes_keeps_the_share_of_the_data(tmp_path, said):
+    """Two processes wrote the checkpoint after one batch each, so this one has seen two; first ones did not say so."""
 
     def change(checkpoint):
         section = checkpoint["mmvmamba"]
         section["random_states"] = {name: torch.cat([part, part]) for name, part in section["random_states"].items()}
+        section["world_size"] = 2
+        if not said:
+            section.pop("world_size")
 
     cfg = config(tmp_path / "uninterrupted", length=2)
     cfg.custom_hooks.append(Strip(change))
