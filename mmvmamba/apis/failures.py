@@ -127,7 +127,8 @@ def _remedies(runner: Runner) -> list[str]:
     if size is None or size > 1:
         smaller = f"={size // 2}" if size else ", smaller"
         remedies.append(
-            f"--cfg-options train_dataloader.batch_size{smaller} (adapt the learning rate: --auto-scale-lr)"
+            f"--cfg-options train_dataloader.batch_size{smaller} (adapt the learning rate: --auto-scale-lr; "
+            "with --resume the data goes on in the right place, but it is no more the same training)"
         )
     return [*remedies, "smaller images in the pipeline"]
 

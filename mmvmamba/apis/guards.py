@@ -13,6 +13,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
+from mmvmamba.engine.loops import ResumableLoop
+
 _OURS = "mmvmamba.CheckpointHook"
 _REMOTE = ("backend_args", "file_client_args")
 _LOOPS = {
@@ -49,17 +51,18 @@ def use_our_checkpoint_hook(cfg: Config) -> str | None:
     hooks = cfg.default_hooks  # not the one assigned: the config makes a copy
     if "checkpoint" not in hooks:
         hooks["checkpoint"] = ConfigDict(type="CheckpointHook", interval=1)  # as MMEngine's runner would
-    replaced = []
-    for hook in [*hooks.values(), *cfg.get("custom_hooks", [])]:
+    lines = []
+    for hook in [*hooks.values(), *(cfg.get("custom_hooks") or [])]:
         if not isinstance(hook, dict) or not _is_mmengines(hook.get("type")):
             continue
         if any(hook.get(name) is not None for name in _REMOTE) or "://" in str(hook.get("out_dir")):
-            return "Checkpoints go to a remote place by MMEngine's own hook: a crash while saving may cost them."
+            lines.append("Checkpoints go to a remote place by MMEngine's own hook: a crash while saving may cost them.")
+            continue
         for name in _REMOTE:
             hook.pop(name, None)
         hook["type"] = _OURS
-        replaced.append(hook)
-    return f"Checkpoints are saved by {_OURS} in place of MMEngine's hook." if replaced else None
+        lines.append(f"Checkpoints are saved by {_OURS} in place of MMEngine's hook.")
+    return " ".join(dict.fromkeys(lines)) or None
 
 
 def _is_mmengines(kind: Any) -> bool:
@@ -70,20 +73,25 @@ def use_resumable_loops(cfg: Config) -> str | None:
     """Replace MMEngine's own training loop by ours of the same name, and add the hook that keeps random states.
 
     ``type='mmengine.EpochBasedTrainLoop'``, with the scope, is left alone: that is how a config says that it wants
-    MMEngine's loop.
+    MMEngine's loop. The hook works with our loops only and is not added then.
     """
     loop = cfg.get("train_cfg")
     if not isinstance(loop, dict) or cfg.get("runner_type", "Runner") != "Runner":
         return None
-    add_hook(cfg, "RandomStateHook")
     kind = loop.get("type") or _LOOPS_BY_EPOCH.get(loop.get("by_epoch"))
     ours = _LOOPS.get(kind)
+    if ours is None and not _is_resumable(kind):
+        return None if kind is None else f"The training loop is {kind}: a resumed training is not bit for bit the same."
+    add_hook(cfg, "RandomStateHook")
     if ours is None:
-        known = kind is None or (isinstance(kind, str) and kind.startswith("mmvmamba."))
-        return None if known else f"The training loop is {kind}: a resumed training may not be bit for bit the same."
+        return None
     loop.pop("by_epoch", None)
     loop["type"] = ours
     return f"The training loop is {ours} in place of MMEngine's, so that resuming is bit for bit."
+
+
+def _is_resumable(kind: Any) -> bool:
+    return kind in _LOOPS.values() or (isinstance(kind, type) and issubclass(kind, ResumableLoop))
 
 
 def guard_failures(cfg: Config) -> None:

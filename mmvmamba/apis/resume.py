@@ -35,6 +35,8 @@ def choose_start(cfg: Config, resume: str | None) -> list[str]:
     """
     if resume is None and cfg.get("resume"):
         resume = cfg.get("load_from") or AUTO
+    if cfg.get("runner_type", "Runner") != "Runner":
+        return _leave_to_the_runner(cfg, resume)
     folder = checkpoint_folder(cfg)
     if resume is None or (resume == AUTO_OR_START and not checkpoints_in(folder, cfg)):
         _refuse_to_overwrite(folder, cfg)
@@ -52,6 +54,18 @@ def choose_start(cfg: Config, resume: str | None) -> list[str]:
     cfg.load_from = str(path)
     where = f"{state.iteration} iterations, {state.epoch} epochs finished"
     return [*notes, f"Resuming from {path} ({where}).", *_changed_versions(state)]
+
+
+def _leave_to_the_runner(cfg: Config, resume: str | None) -> list[str]:
+    """Pass the choice on: other runners have checkpoints of their own, such as the folders of DeepSpeed."""
+    if resume is None:
+        return []
+    cfg.resume = True
+    if resume in (AUTO, AUTO_OR_START):
+        cfg.load_from = None  # the runner looks for last_checkpoint, and starts from the beginning if there is none
+        return [f"Resuming is left to {cfg.runner_type}: it takes what last_checkpoint names, which is not verified."]
+    cfg.load_from = resume
+    return [f"Resuming from {resume}, which is left to {cfg.runner_type} and not verified."]
 
 
 def checkpoint_folder(cfg: Config) -> Path:

@@ -40,6 +40,7 @@ class DataPosition:
         batch: Finished batches of the present pass.
         validation_due: Whether the training has yet to look if it is time for a validation.
         sampler_seed: The ``seed`` of the sampler, or None if it has none.
+        batch_size: Samples of a batch of one process, or None if the DataLoader does not say.
     """
 
     iteration: int = 0
@@ -47,6 +48,7 @@ class DataPosition:
     batch: int = 0
     validation_due: bool = False
     sampler_seed: int | None = None
+    batch_size: int | None = None
 
 
 class Draw(NamedTuple):
@@ -137,6 +139,12 @@ class ResumableDataLoader(DataLoader[Any]):
         """The seed from which the sampler shuffles, or None if it has none."""
         seed = getattr(self._seeded_sampler(), "seed", None)
         return seed if isinstance(seed, int) else None
+
+    @property
+    def samples_per_batch(self) -> int | None:
+        """The number of samples of a batch, or None if batches are made by a sampler that does not say."""
+        size = getattr(self.batch_sampler, "batch_size", self.batch_size)
+        return size if isinstance(size, int) else None
 
     def restore_sampler_seed(self, seed: int) -> None:
         """Let the sampler shuffle as that of the interrupted training did."""

@@ -45,7 +45,13 @@ class ResumableLoop(BaseLoop):
 
     def position_to_store(self) -> dict[str, Any]:
         """Return the position as a dict of numbers for a checkpoint."""
-        return dataclasses.asdict(dataclasses.replace(self._position, sampler_seed=self.dataloader.sampler_seed))
+        return dataclasses.asdict(
+            dataclasses.replace(
+                self._position,
+                sampler_seed=self.dataloader.sampler_seed,
+                batch_size=self.dataloader.samples_per_batch,
+            )
+        )
 
     def resume_at(self, position: DataPosition, world_size: int) -> None:
         """Begin at a position that a checkpoint holds.
@@ -57,8 +63,18 @@ class ResumableLoop(BaseLoop):
         if position.sampler_seed is not None and position.sampler_seed != self.dataloader.sampler_seed:
             self.runner.logger.info(f"the sampler gets the seed of the interrupted training, {position.sampler_seed}")
             self.dataloader.restore_sampler_seed(position.sampler_seed)
-        if world_size != dist.get_world_size():
-            # The same share of the pass is done.
+        own_size = self.dataloader.samples_per_batch
+        size = own_size if position.batch_size is None else position.batch_size
+        if size != own_size:
+            self.runner.logger.warning(
+                f"the checkpoint was written with batches of {size} samples per process, this training has batches of "
+                f"{own_size}: the training goes on after the samples it has seen, but is no more the same"
+            )
+        if size is not None and own_size is not None:
+            # The same samples of the pass are done; those of a batch that was begun are seen again.
+            done = position.batch * world_size * size // (dist.get_world_size() * own_size)
+            position = dataclasses.replace(position, batch=done)
+        else:
             position = dataclasses.replace(position, batch=position.batch * world_size // dist.get_world_size())
         self._position = position
 
@@ -193,6 +209,8 @@ class IterBasedTrainLoop(ResumableLoop, MMEngineIterBasedTrainLoop):
         val_begin: First iteration that a validation may follow.
         val_interval: Iterations between two validations.
         dynamic_intervals: Pairs (iteration, val_interval from that iteration on).
+        fast_forward_on_resume: Accepted for configs of MMEngine's loop, where True leaves out the batches' loading and
+            the place in the data with it. Here the place is always found, and nothing is loaded to find it.
     """
 
     _validates_between_batches = True
@@ -205,8 +223,15 @@ class IterBasedTrainLoop(ResumableLoop, MMEngineIterBasedTrainLoop):
         val_begin: int = 1,
         val_interval: int = 1000,
         dynamic_intervals: Sequence[tuple[int, int]] | None = None,
+        fast_forward_on_resume: bool = False,
     ) -> None:
         super().__init__(runner, dataloader, max_iters, val_begin, val_interval, dynamic_intervals)
+        self.fast_forward_on_resume = fast_forward_on_resume
+        if fast_forward_on_resume:
+            runner.logger.info(
+                "train_cfg.fast_forward_on_resume changes nothing: a resumed training finds its place in the data "
+                "without loading what comes before"
+            )
         self._make_resumable()
         self.dataloader_iterator = self._batches()
         self._present = (0, 0)

@@ -70,6 +70,7 @@ def test_want_of_memory_is_explained_and_the_checkpoint_intact(tmp_path, failure
     assert "test_failures.py" in message.splitlines()[0]
     assert "batch: 2 images per process, the largest 3 x 8 x 8 (channels, height, width)" in message
     assert "--amp" in message and "train_dataloader.batch_size" in message
+    assert "the data goes on in the right place, but it is no more the same training" in message
     assert f"the newest checkpoint, {tmp_path / 'iter_3.pth'}, is untouched; go on from it with --resume" in message
     assert digests == [_digest(tmp_path / "iter_3.pth")]
     assert error.value.__cause__ is not None

@@ -120,6 +120,18 @@ def test_other_versions_are_named(tmp_path, monkeypatch):
     assert note.startswith("Other versions than before (") and "-> 9.9" in note
 
 
+@pytest.mark.parametrize(("resume", "load_from"), [("auto", None), ("auto-or-start", None), ("iter_2", "iter_2")])
+def test_other_runners_resume_by_themselves(tmp_path, resume, load_from):
+    """DeepSpeed's checkpoints are folders, which only its runner can read."""
+    (tmp_path / "iter_2").mkdir()
+    cfg = _config(tmp_path, runner_type="FlexibleRunner")
+    [note] = choose_start(cfg, resume)
+    assert (cfg.resume, cfg.load_from) == (True, load_from)
+    assert "left to FlexibleRunner" in note and "not verified" in note
+    cfg = _config(tmp_path, runner_type="FlexibleRunner")
+    assert choose_start(cfg, None) == [] and not cfg.get("resume")
+
+
 @pytest.mark.parametrize("kind", ["CheckpointHook", MMEngineCheckpointHook])
 def test_mmengines_checkpoint_hook_is_replaced_by_ours(kind):
     cfg = Config(dict(default_hooks=dict(checkpoint=dict(type=kind, interval=3, max_keep_ckpts=2))))

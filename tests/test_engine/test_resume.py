@@ -274,12 +274,16 @@ def test_position_of_another_release_is_refused(tmp_path):
         train(config(tmp_path / "resumed", length=2), tmp_path / "uninterrupted/iter_3.pth")
 
 
-def test_other_number_of_processes_keeps_the_share_of_the_data(tmp_path):
-    """Two processes wrote the checkpoint after one batch each, so this one has seen two."""
+@pytest.mark.parametrize("said", [True, False])
+def test_other_number_of_processes_keeps_the_share_of_the_data(tmp_path, said):
+    """Two processes wrote the checkpoint after one batch each, so this one has seen two; first ones did not say so."""
 
     def change(checkpoint):
         section = checkpoint["mmvmamba"]
         section["random_states"] = {name: torch.cat([part, part]) for name, part in section["random_states"].items()}
+        section["world_size"] = 2
+        if not said:
+            section.pop("world_size")
 
     cfg = config(tmp_path / "uninterrupted", length=2)
     cfg.custom_hooks.append(Strip(change))
@@ -287,6 +291,32 @@ def test_other_number_of_processes_keeps_the_share_of_the_data(tmp_path):
     cfg = config(tmp_path / "resumed", length=2)
     cfg.custom_hooks.append(Seen())
     assert len(Seen.by(train(cfg, tmp_path / "uninterrupted/iter_2.pth"))) == 1 + 5
+
+
+@pytest.mark.parametrize(
+    ("by_epoch", "batch_size", "again"), [(True, 2, 0), (False, 2, 0), (True, 8, 4), (False, 3, 0)]
+)
+def test_other_batch_size_goes_on_after_the_samples_that_were_seen(tmp_path, by_epoch, batch_size, again):
+    """As is advised when memory runs out; of a batch that was begun, all samples are seen again."""
+
+    def settings(name, **changes):
+        cfg = config(tmp_path / name, by_epoch=by_epoch, length=2 if by_epoch else 5, val_interval=100, **changes)
+        cfg.custom_hooks.append(Seen())
+        return cfg
+
+    def samples(runner):
+        return [label for _, labels in Seen.by(runner) for label in labels]
+
+    expected = samples(train(settings("uninterrupted")))[:20]
+    cfg = settings("resumed", log_level="WARNING")
+    cfg.train_dataloader.batch_size = batch_size
+    if not by_epoch:
+        cfg.train_cfg.max_iters = 100 // batch_size
+    resumed = samples(train(cfg, tmp_path / "uninterrupted/iter_3.pth"))
+    rest = expected[12 - again :]
+    assert resumed[: len(rest)] == rest
+    log = next((tmp_path / "resumed").glob("*/*.log")).read_text()
+    assert f"written with batches of 4 samples per process, this training has batches of {batch_size}: " in log
 
 
 class Draws(Hook):

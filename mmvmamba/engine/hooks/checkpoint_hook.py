@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import broadcast, is_distributed, is_main_process, master_only
+from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
@@ -22,9 +22,9 @@ from mmvmamba.checkpoints.atomic import remove_leftovers, sync_folder
 from mmvmamba.checkpoints.manifest import manifest_path
 from mmvmamba.checkpoints.writer import write_checkpoint, write_pointer
 from mmvmamba.engine.checkpoint_files import backend_of
-from mmvmamba.engine.hooks.prepares_save import PreparesSave
+from mmvmamba.engine.hooks.prepares_save import PreparesSave, all_or_none
 from mmvmamba.engine.plain_form import make_plain, restore
-from mmvmamba.errors import ConfigError, SaveError, nearest_spelling
+from mmvmamba.errors import ConfigError, nearest_spelling
 from mmvmamba.registry import HOOKS
 
 _INTERRUPTION = "interruption_ckpt"  # in the message hub: the checkpoint of save_now, until a regular one follows
@@ -124,8 +124,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         if self._saved_iteration == iteration and self.last_ckpt is not None:
             return str(self.last_ckpt)
         meta = dict(epoch=runner.epoch, iter=iteration)
-        with self._all_or_none(), self._outside_validation(runner):
-            self._prepare(runner)
+        with self._outside_validation(runner), self._saving(runner):
             if self.by_epoch:
                 self._save_between(runner, f"iter_{iteration}.pth", meta)
             else:
@@ -133,15 +132,13 @@ class CheckpointHook(MMEngineCheckpointHook):
         return str(self.last_ckpt)
 
     def _save_checkpoint(self, runner: Runner) -> None:
-        with self._all_or_none():
-            self._prepare(runner)
+        with self._saving(runner):
             super()._save_checkpoint(runner)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         if not self.save_best:
             return
-        with self._all_or_none():
-            self._prepare(runner)
+        with self._saving(runner):
             super()._save_best_checkpoint(runner, metrics)
             self._delete_outdated(runner)
 
@@ -225,11 +222,6 @@ class CheckpointHook(MMEngineCheckpointHook):
                 runner.logger.warning(f"{own} is no more needed but cannot be deleted ({error}). Delete it by hand.")
         self._outdated.clear()
 
-    def _prepare(self, runner: Runner) -> None:
-        for hook in runner.hooks:
-            if isinstance(hook, PreparesSave):
-                hook.prepare_save(runner)
-
     @contextlib.contextmanager
     def _outside_validation(self, runner: Runner) -> Iterator[None]:
         """Take the averaged weights, which a validation uses, out of the model and put them back afterwards."""
@@ -243,18 +235,18 @@ class CheckpointHook(MMEngineCheckpointHook):
                 hook.before_val_epoch(runner)
 
     @contextlib.contextmanager
-    def _all_or_none(self) -> Iterator[None]:
-        """Let all processes fail if the first one, which writes, fails: none waits for it for ever."""
-        failed = True
+    def _saving(self, runner: Runner) -> Iterator[None]:
+        """Let all processes prepare, and all fail if one does: none waits for another for ever."""
+        hooks = [hook for hook in runner.hooks if isinstance(hook, PreparesSave)]
         try:
-            yield
-            failed = False
+            with all_or_none("prepare a checkpoint"):
+                for hook in hooks:
+                    hook.prepare_save(runner)
+            with all_or_none("save a checkpoint"):
+                yield
         finally:
-            if is_distributed():
-                answer = torch.tensor(int(failed))
-                broadcast(answer, 0)
-                if answer.item() and not failed:
-                    raise SaveError("the first process could not save a checkpoint; its message says why.")
+            for hook in hooks:
+                hook.save_is_over(runner)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
