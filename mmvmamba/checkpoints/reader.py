@@ -21,11 +21,12 @@ from torch import Tensor
 
 from mmvmamba.checkpoints import stand_ins
 from mmvmamba.checkpoints.archive import check_archive, read_record
+from mmvmamba.checkpoints.calls import Malformed, Storage, described_storage
 from mmvmamba.checkpoints.config_text import take_config_text
 from mmvmamba.checkpoints.download import fetch
 from mmvmamba.checkpoints.legacy import check_legacy
 from mmvmamba.checkpoints.manifest import Manifest, read_manifest, sha256_of
-from mmvmamba.checkpoints.pickled import Malformed, Storage, described_storage, follow
+from mmvmamba.checkpoints.pickled import follow
 from mmvmamba.errors import CheckpointError, CorruptCheckpoint, HashMismatch, UnsafeCheckpoint
 
 _NAMES_SHOWN = 10
