@@ -88,6 +88,20 @@ def read_checkpoint(
     return _arranged(content, name, section, allow_non_finite)
 
 
+def check_file(path: Path) -> None:
+    """Raise unless a zip file of ``torch.save`` is one that ``read_checkpoint`` loads; no tensor is loaded.
+
+    All its bytes are read. Whether weights are finite and what a config text holds is not looked at.
+
+    Raises:
+        CheckpointError: As ``read_checkpoint``.
+    """
+    name = repr(str(path))
+    with _open(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_zip(file, size, name)
+
+
 def _open(path: Path, name: str) -> BinaryIO:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
