@@ -110,7 +110,7 @@ def known_hash(url: str, sha256: str | None = None) -> str | None:
     given = fragment.removeprefix("sha256=")
     if mark and given == fragment:
         raise HashMismatch(
-            f"checkpoint {url!r} ends with {mark + fragment!r}, expected #sha256= and 64 hexadecimal digits or nothing. "
+            f"checkpoint {url!r} ends with {mark + fragment!r}, expected #sha256= and 64 hexadecimal digits, or none. "
             "A misspelt hash would prove nothing: correct it."
         )
     known = {text.lower() for text in ([given] if mark else []) + ([sha256] if sha256 is not None else [])}

@@ -351,7 +351,12 @@ def _check_finite(state: Mapping[str, Any], name: str) -> None:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if not isinstance(value, Tensor) or value.is_meta or not (value.is_floating_point() or value.is_complex()):
+        if (
+            not isinstance(value, Tensor)
+            or value.is_meta
+            or not value.numel()
+            or not (value.is_floating_point() or value.is_complex())
+        ):
             continue
         # float8 has no isfinite of its own.
         finite = (value if value.element_size() > 1 else value.float()).isfinite()

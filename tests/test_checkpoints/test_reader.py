@@ -339,7 +339,7 @@ def test_the_file_is_opened_once(tmp_path, monkeypatch):
         "limit = inf\nother = -nan",
         r"pattern = '\d'",
         # inert where it stands, and honest trainings have it
-        "model = dict(dtype=torch.float16, loss=b, size=2 * n, names=frozenset({'a'}), steps=range(3), z=complex(1, 2))",
+        "model = dict(dtype=torch.float16, loss=b, size=2 * n, names=frozenset({'a'}), steps=range(3))",
         "a.b = 1\na[0] = 1\na: int = 1\na += 1\na = 1 if 2 else 3\nc = dict(**b)\n",
         "configs/mask_rcnn.py\nmodel = dict(type='MaskRCNN')\n",
         "/home/me/configs/mask_rcnn.py\nmodel = dict(type='MaskRCNN')\n",
