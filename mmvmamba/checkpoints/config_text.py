@@ -1,4 +1,4 @@
-"""The text of a config inside a checkpoint: kept as text, never executed, and refused if it is more than settings.
+"""The text of a config inside a checkpoint: kept as text, never executed, and refused if it is clearly a program.
 
 mmengine executes it as Python: ``Runner.resume`` the text under ``meta.config``, its inferencer the text under
 ``message_hub.runtime_info.cfg`` and ``meta.cfg``. So it leaves these places here, whatever it holds.
@@ -14,14 +14,19 @@ from typing import Any
 from mmvmamba.errors import UnsafeCheckpoint
 
 _PLACES = (("meta", "config"), ("meta", "cfg"), ("message_hub", "runtime_info", "cfg"))
-#: As ``Config.pretty_text`` writes settings.
-_CALLS = ("dict", "list", "set", "tuple")
-_NAMES = ("inf", "nan")
-_HARMLESS = (
-    *(ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.keyword, ast.expr_context),
-    *(ast.UnaryOp, ast.USub, ast.UAdd),
+#: Calls that ``Config.pretty_text`` writes for settings.
+_CALLS = ("dict", "list", "set", "tuple", "frozenset", "range", "complex", "bytes")
+_ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
+_PROGRAMS = (
+    *(ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Await, ast.Yield, ast.YieldFrom),
+    *(ast.JoinedStr, ast.NamedExpr),
 )
-_MAX_CHARACTERS = 4 << 20
+#: A text alone, or a file name such as ``configs/a.py``, which MMCV wrote into the first line.
+_LABELS = (ast.Name, ast.Attribute, ast.BinOp, ast.operator, ast.Constant, ast.expr_context)
+#: In YAML, makes Python objects of what follows.
+_YAML_MARK = "!!python/"
+#: A parser takes 600 times the text in memory; the longest config of MMDetection has 60 kB.
+_MAX_CHARACTERS = 256_000
 
 
 def take_config_text(content: dict[str, Any], name: str) -> None:
@@ -32,8 +37,9 @@ def take_config_text(content: dict[str, Any], name: str) -> None:
         name: What to call the file in messages.
 
     Raises:
-        UnsafeCheckpoint: If such a text does more than assign settings, or is no text.
+        UnsafeCheckpoint: If such a text is clearly a program, too long to be judged, or no text.
     """
+    judged: set[str] = set()
     for place in _PLACES:
         text = _take(content, place)
         if text is None:
@@ -44,12 +50,12 @@ def take_config_text(content: dict[str, Any], name: str) -> None:
                 f"checkpoint {name}: {where} is a {type(text).__name__}, expected the text of a config. Remove it and "
                 "save the checkpoint again on a machine you trust."
             )
-        _check(text, where, name)
+        _check(text, where, name, judged)
         content.setdefault("config_text", text)
     text = content.get("config_text", "")
     if not isinstance(text, str):
         raise UnsafeCheckpoint(f"checkpoint {name}: config_text is a {type(text).__name__}, expected text. Remove it.")
-    _check(text, "config_text", name)
+    _check(text, "config_text", name, judged)
 
 
 def _take(content: dict[str, Any], place: tuple[str, ...]) -> Any:
@@ -59,7 +65,10 @@ def _take(content: dict[str, Any], place: tuple[str, ...]) -> Any:
     return inner.pop(place[-1], None) if isinstance(inner, dict) else None
 
 
-def _check(text: str, where: str, name: str) -> None:
+def _check(text: str, where: str, name: str, judged: set[str]) -> None:
+    if text in judged:
+        return
+    judged.add(text)
     problem = problem_with(text)
     if problem:
         raise UnsafeCheckpoint(
@@ -69,33 +78,36 @@ def _check(text: str, where: str, name: str) -> None:
 
 
 def problem_with(text: str) -> str | None:
-    """Return why a text is more than settings, or None: assignments of literals and calls of dict, list, set, tuple.
+    """Return why a text is a program rather than settings, or None.
 
-    The text is parsed, never compiled or run.
+    The text is parsed, never compiled or run. What is no Python, such as YAML or the names of classes that an older
+    ``pretty_text`` wrote, is no program either, unless it asks YAML for Python objects.
     """
     if len(text) > _MAX_CHARACTERS:
-        return f"has {len(text)} characters"
+        return f"has {len(text)} characters, more than the {_MAX_CHARACTERS} that are judged"
+    if _YAML_MARK in text:
+        return f"holds YAML's mark of Python objects, {_YAML_MARK}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of doubtful escapes in strings: not ours to report
             body = ast.parse(text).body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        return f"is no Python ({type(error).__name__})"
+    except (SyntaxError, ValueError):
+        return None
+    except (MemoryError, RecursionError) as error:
+        return f"is nested too deep to be judged ({type(error).__name__})"
     for statement in body:
-        if not isinstance(statement, ast.Assign) or not all(isinstance(n, ast.Name) for n in statement.targets):
+        nodes = list(ast.walk(statement))
+        label = isinstance(statement, ast.Expr) and all(isinstance(node, (ast.Expr, *_LABELS)) for node in nodes)
+        if not label and not isinstance(statement, _ASSIGNMENTS):
             return f"holds {_shown(statement)} in line {statement.lineno}"
-        for node in ast.walk(statement.value):
-            if not _is_harmless(node):
+        for node in nodes:
+            if isinstance(node, _PROGRAMS) or (isinstance(node, ast.Call) and not _makes_settings(node)):
                 return f"holds {_shown(node)} in line {statement.lineno}"
     return None
 
 
-def _is_harmless(node: ast.AST) -> bool:
-    if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Name) and node.func.id in _CALLS
-    if isinstance(node, ast.Name):
-        return node.id in (*_CALLS, *_NAMES)
-    return isinstance(node, _HARMLESS)
+def _makes_settings(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id in _CALLS
 
 
 def _shown(node: ast.AST) -> str:

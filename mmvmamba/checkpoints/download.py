@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import shutil
 import sys
 import urllib.error
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import torch
 
@@ -29,6 +30,8 @@ from mmvmamba.version import __version__
 #: Bytes. The largest detector of the field has a tenth of it; a server that never stops sending fills no disk.
 MAX_SIZE = 16 << 30
 _TIMEOUT = 60.0
+#: Of the 255 bytes that a file name may have; the rest is for the endings of manifests and unfinished files.
+_MAX_NAME = 200
 _CHUNK = 1 << 20
 
 
@@ -46,8 +49,8 @@ def fetch(url: str, sha256: str | None = None) -> Path:
         CheckpointError: If it is no https URL, leads to one, is too large or cannot be downloaded.
         HashMismatch: If the file is another one. Nothing of it stays in the cache.
     """
-    parts = urlsplit(url)
-    wanted = _known_hash(parts, sha256)
+    wanted = known_hash(url, sha256)
+    parts = _split(url)
     if parts.scheme != "https" or not parts.netloc:
         raise CheckpointError(
             f"checkpoint {url!r} is not fetched, expected an https URL or a file: what comes over other roads can be "
@@ -55,11 +58,16 @@ def fetch(url: str, sha256: str | None = None) -> Path:
         )
     plain_url = urlunsplit(parts._replace(fragment=""))
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with _alone(folder) as writable:
         path = _place(folder, parts, plain_url)
         manifest = read_manifest(path) if path.is_file() else None
-        if not path.is_file():
+        kept = path.is_file()
+        if not kept and not writable:
+            raise CheckpointError(
+                f"checkpoint {url!r} is not in {str(folder)!r}, which cannot be written to, expected one or the other. "
+                "Let TORCH_HOME name a folder of yours, or name a file instead of the URL."
+            )
+        if not kept:
             found, size = _download(plain_url, path, wanted)
         elif manifest is None:
             with path.open("rb") as file:
@@ -71,35 +79,56 @@ def fetch(url: str, sha256: str | None = None) -> Path:
                 f"checkpoint {str(path)!r} of {plain_url!r} has sha256 {found}, expected {wanted}. Delete the file to "
                 "download it again, or correct the hash."
             )
-        if manifest is None:
+        if manifest is None and writable:
             write_manifest(path, Manifest(found, size, versions={"mmvmamba": __version__}, source={"url": plain_url}))
-            if not wanted:
-                warnings.warn(
-                    f"checkpoint {plain_url!r} has no known sha256 and is trusted as it came; to prove it from now on, "
-                    f"write {plain_url}#sha256={found}",
-                    stacklevel=3,
-                )
+        if manifest is None and not wanted:
+            came = "is trusted as it came"
+            if kept:
+                came = f"{str(path)!r} was there already, of whichever URL; it is trusted to be this one's"
+            warnings.warn(
+                f"checkpoint {plain_url!r} has no known sha256 and {came}; to prove it from now on, "
+                f"write {plain_url}#sha256={found}",
+                stacklevel=3,
+            )
     return path
 
 
-def _known_hash(parts: SplitResult, sha256: str | None) -> str | None:
-    given = parse_qs(parts.fragment).get("sha256", [])
-    known = {text.lower() for text in (*given, *([sha256] if sha256 else []))}
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {url!r} is no URL ({error}), expected an https one. Correct it.") from error
+
+
+def known_hash(url: str, sha256: str | None = None) -> str | None:
+    """Return what the file of a URL must hash to, or None where neither the URL nor ``sha256`` says.
+
+    Raises:
+        HashMismatch: If the two differ, are no sha256, or something else than ``sha256=`` stands behind a ``#``.
+    """
+    _, mark, fragment = url.partition("#")
+    given = fragment.removeprefix("sha256=")
+    if mark and given == fragment:
+        raise HashMismatch(
+            f"checkpoint {url!r} ends with {mark + fragment!r}, expected #sha256= and 64 hexadecimal digits, or none. "
+            "A misspelt hash would prove nothing: correct it."
+        )
+    known = {text.lower() for text in ([given] if mark else []) + ([sha256] if sha256 is not None else [])}
     for text in known:
         if len(text) != 64 or set(text) - set("0123456789abcdef"):
             raise HashMismatch(f"sha256 is {text!r}, expected 64 hexadecimal digits. A shortened hash proves nothing.")
     if len(known) > 1:
-        raise HashMismatch(f"sha256 of {urlunsplit(parts)!r} is given twice, as {sorted(known)}. Give one.")
+        raise HashMismatch(f"sha256 of {url!r} is given twice, as {sorted(known)}. Give one.")
     return known.pop() if known else None
 
 
 def _place(folder: Path, parts: SplitResult, url: str) -> Path:
     """Return where the file of a URL belongs; two URLs that end alike get two files."""
     name = Path(unquote(parts.path)).name
-    if not name or name.startswith(".") or name.endswith(".json") or "\0" in name:
+    if len(name.encode()) > _MAX_NAME or not name or name.startswith(".") or name.endswith(".json") or "\0" in name:
         # A manifest is called so: a download must not take the place of another file's.
         raise CheckpointError(
-            f"checkpoint {url!r} names no file of weights, expected a URL that ends with one. Correct it."
+            f"checkpoint {url!r} names no file of weights, expected one of at most {_MAX_NAME} bytes at its end."
         )
     path = folder / name
     manifest = read_manifest(path) if path.is_file() else None
@@ -110,10 +139,17 @@ def _place(folder: Path, parts: SplitResult, url: str) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with (folder / ".mmvmamba.lock").open("w") as lock:
+def _alone(folder: Path) -> Iterator[bool]:
+    """Hold the lock of the cache; yield False where it is of others, who keep files there that may be read."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".mmvmamba.lock").open("w")
+    except OSError:
+        yield False
+        return
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield True
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
@@ -145,7 +181,7 @@ def _download(url: str, path: Path, wanted: str | None) -> tuple[str, int]:
                     "another file than the one that was published, or the hash is wrong."
                 )
             return found, size
-    except (OSError, urllib.error.URLError, ValueError) as error:
+    except (OSError, urllib.error.URLError, http.client.HTTPException, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {url!r} could not be downloaded to {str(path)!r}: {error}. Download it elsewhere and put it "
             "there, or name a file instead of the URL."

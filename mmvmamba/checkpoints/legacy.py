@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 from typing import Any, BinaryIO
 
-from mmvmamba.checkpoints.pickled import Malformed, Storage, described_storage, follow
+from mmvmamba.checkpoints.calls import Malformed, Storage, described_storage
+from mmvmamba.checkpoints.pickled import follow
 from mmvmamba.errors import CorruptCheckpoint
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -30,6 +31,7 @@ def check_legacy(file: BinaryIO, size: int, name: str) -> None:
         CorruptCheckpoint: If it is cut off or damaged, or a pickle of something else.
     """
     storages: dict[str, Storage] = {}
+    claimed = [0]  # a running total: there may be hundreds of thousands
 
     def no_storage(_: tuple[Any, ...]) -> Storage:
         raise Malformed("a storage where none belongs")
@@ -38,9 +40,12 @@ def check_legacy(file: BinaryIO, size: int, name: str) -> None:
         storage = described_storage(reference, fields=6)
         if reference[5] is not None:
             raise Malformed("a storage is a view of another one, as PyTorch before 0.4 wrote it")
-        if storages.setdefault(storage.key, storage) != storage:
+        if storage.key not in storages:
+            storages[storage.key] = storage
+            claimed[0] += storage.size
+        if storages[storage.key] != storage:
             raise Malformed("two storages of one name")
-        if sum(each.size for each in storages.values()) > size:
+        if claimed[0] > size:
             raise Malformed(f"its storages claim more than the {size} bytes of the file")
         return storage
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,7 @@ from mmvmamba.errors import CorruptCheckpoint
 
 _FORMAT = 1
 _CHUNK = 1 << 20
+_MAX_SIZE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Manifest:
     source: Mapping[str, str] | None = None
 
 
+_FIELDS = {field.name for field in dataclasses.fields(Manifest)}
+
+
 def manifest_path(checkpoint: Path) -> Path:
     """Return where the manifest of a checkpoint is: ``epoch_1.pth`` -> ``epoch_1.pth.json``."""
     return checkpoint.with_name(checkpoint.name + ".json")
@@ -60,28 +65,47 @@ def manifest_text(checkpoint: Path, manifest: Manifest) -> str:
 
 
 def read_manifest(checkpoint: Path) -> Manifest | None:
-    """Return the manifest beside a checkpoint, or None where there is none.
+    """Return the manifest beside a checkpoint or, for a link, beside what it leads to; None where there is none.
+
+    The name in it is not compared: a checkpoint may be renamed together with its manifest, whose sha256 is the proof.
 
     Raises:
         CorruptCheckpoint: If there is one that cannot be understood.
     """
     path = manifest_path(checkpoint)
+    if not path.is_file() and checkpoint.is_symlink():
+        path = manifest_path(checkpoint.resolve())
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
-        if content.pop("format") != _FORMAT:
+        with path.open("rb") as file:
+            data = file.read(_MAX_SIZE + 1)
+        if len(data) > _MAX_SIZE:
+            raise ValueError(f"more than {_MAX_SIZE} bytes")
+        content = json.loads(data)
+        if content["format"] != _FORMAT:
             raise ValueError("another format")
-        content.pop("file")
-        manifest = Manifest(**content)
-        if len(bytes.fromhex(manifest.sha256)) != 32 or not isinstance(manifest.size, int):
-            raise ValueError("no sha256 or no size")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # A later version may know more; what it says of itself is no reason to leave the hash unproved.
+        manifest = Manifest(**{name: value for name, value in content.items() if name in _FIELDS})
+        _check_fields(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise CorruptCheckpoint(
             f"manifest {str(path)!r} cannot be understood ({error}), expected JSON of format {_FORMAT} as mmvmamba "
             "writes it. If you trust the checkpoint, delete the manifest."
         ) from error
     return manifest
+
+
+def _check_fields(manifest: Manifest) -> None:
+    if not isinstance(manifest.sha256, str) or not re.fullmatch("[0-9a-f]{64}", manifest.sha256):
+        raise ValueError("no sha256")
+    if type(manifest.size) is not int or manifest.size < 0:
+        raise ValueError("no size")
+    for name in ("iteration", "epoch", "seed", "world_size"):
+        if type(getattr(manifest, name)) not in (int, type(None)):
+            raise ValueError(f"{name} is no number")
+    if not isinstance(manifest.versions, dict) or not isinstance(manifest.source or {}, dict):
+        raise ValueError("versions or source are no dict")
 
 
 def sha256_of(file: BinaryIO) -> tuple[str, int]:

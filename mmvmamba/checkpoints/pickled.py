@@ -9,14 +9,29 @@ storage and no storage beyond its bytes in the file.
 from __future__ import annotations
 
 import _compat_pickle
-import dataclasses
 import pickletools
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from mmvmamba.checkpoints import stand_ins
+from mmvmamba.checkpoints.calls import (
+    BARE,
+    CALLS,
+    EMPTY_DICTS,
+    MARKS,
+    STATES,
+    Global,
+    Malformed,
+    Noted,
+    Storage,
+    Tensor,
+    Unusual,
+    checked_key,
+    copied,
+    is_common_key,
+    unusual,
+)
 from mmvmamba.errors import CorruptCheckpoint, UnsafeCheckpoint
 
 _NAMES_SHOWN = 10
@@ -26,9 +41,9 @@ _MAX_VALUES = 20_000_000
 #: Tied weights show the same bytes twice; more than this is a file that grows when it is read.
 _MAX_SHARE = 4
 _MAX_INSTRUCTIONS = 2_000_000
+#: Keys of kinds of which many may share one hash value; a dict of 60,000 such takes minutes to fill.
+_MAX_UNCOMMON_KEYS = 10_000
 _CHUNK = 4096
-_MAX_KEY = 1 << 31
-_LOCATION = re.compile(r"(?!meta)[a-z]{2,16}(:\d{1,3})?")
 _PUSHED = {
     "NONE": None,
     "NEWTRUE": True,
@@ -45,10 +60,6 @@ _INSTRUCTIONS = frozenset(
 )
 
 
-class Malformed(Exception):
-    """The pickle is no sound program of its kind; the message says where."""
-
-
 class _Bounded:
     """A file of which nobody asks for more bytes than it has; Python sets aside what is asked for before it reads."""
 
@@ -60,42 +71,6 @@ class _Bounded:
         if count > _CHUNK:
             count = min(count, self.size - self.file.tell())
         return self.file.read(count)
-
-
-class _Unusual(Exception):
-    """A name of the closed list is used as no writer of checkpoints uses it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Global:
-    """The name of a class, function or constant."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """The bytes of one or more tensors, by their name in the file."""
-
-    key: str
-    item_size: int
-    size: int
-
-
-@dataclasses.dataclass(eq=False)
-class Noted:
-    """An object that would be made by calling ``name``, and what it would be made of."""
-
-    name: str
-    parts: list[Any] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor that lies within its storage, and how many bytes it shows of it."""
-
-    storage: Storage
-    size: int
 
 
 def follow(file: BinaryIO, size: int, name: str, storage_of: Callable[[tuple[Any, ...]], Storage]) -> Any:
@@ -118,7 +93,7 @@ def follow(file: BinaryIO, size: int, name: str, storage_of: Callable[[tuple[Any
         program = _instructions(_Bounded(file, size), name)
         result = machine.run(program)
         _check_nesting(result)
-    except _Unusual as error:
+    except Unusual as error:
         raise UnsafeCheckpoint(
             f"checkpoint {name} is refused ({error}), expected tensors and plain values. Nothing of it was run. Save "
             "its weights alone: torch.save(model.state_dict(), NEW_FILE)."
@@ -134,24 +109,6 @@ def follow(file: BinaryIO, size: int, name: str, storage_of: Callable[[tuple[Any
             "complete file of torch.save. It is probably cut off or damaged: delete it and download or train it anew."
         ) from error
     return result
-
-
-def described_storage(reference: tuple[Any, ...], fields: int) -> Storage:
-    """Return the storage that a reference describes, before its bytes are looked for in the file.
-
-    Args:
-        reference: ``("storage", class, key, location, number of elements, ...)``.
-        fields: How many of these a reference has in this kind of file.
-    """
-    if len(reference) != fields:
-        raise Malformed("a reference to a storage is damaged")
-    _, kind, key, location, count = reference[:5]
-    item_size = stand_ins.STORAGES.get(kind.name) if type(kind) is Global else None
-    if item_size is None or type(key) is not str or type(location) is not str or not _is_count(count):
-        raise Malformed("a reference to a storage is damaged")
-    if not _LOCATION.fullmatch(location):
-        raise Malformed(f"a storage was on a device called {location[:20]!r}")
-    return Storage(key, item_size, count * item_size)
 
 
 def _instructions(file: _Bounded, name: str) -> list[tuple[str, Any]]:
@@ -209,6 +166,10 @@ class _Machine:
     def __init__(self, storage_of: Callable[[tuple[Any, ...]], Storage], size: int) -> None:
         self.storage_of = storage_of
         self.bytes_left = _MAX_SHARE * size
+        self.keys_left = _MAX_UNCOMMON_KEYS
+        # What a file holds once may be copied once: each item takes an instruction, each character a byte.
+        self.items_left = _MAX_INSTRUCTIONS
+        self.characters_left = size
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -282,7 +243,20 @@ class _Machine:
         if type(target) not in (dict, OrderedDict, Counter) or len(items) % 2:
             raise Malformed("sets items of what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_checked_key(key)] = value
+            target[self._counted(key)] = value
+
+    def _counted(self, key: Any) -> Any:
+        if not is_common_key(key):
+            self.keys_left -= 1
+            if self.keys_left < 0:
+                raise Unusual(f"it has more than {_MAX_UNCOMMON_KEYS} keys that are neither text nor small numbers")
+        return checked_key(key)
+
+    def _count_copies(self, items: int, characters: int) -> None:
+        self.items_left -= items
+        self.characters_left -= characters
+        if self.items_left < 0 or self.characters_left < 0:
+            raise unusual("one value", "copied again and again")
 
     def _binpersid(self) -> None:
         reference = self.stack.pop()
@@ -293,157 +267,38 @@ class _Machine:
     def _newobj(self) -> None:
         arguments, target = self.stack.pop(), self.stack.pop()
         name = target.name if type(target) is Global else ""
-        if arguments != () or name not in _BARE:
-            raise _unusual(name or "a value", "made without a call")
-        self.stack.append(OrderedDict() if name == _CFG_NODE else Noted(name))
+        if type(arguments) is not tuple or name not in (*BARE, *EMPTY_DICTS) or (arguments and name in BARE):
+            raise unusual(name or "a value", "made without a call")
+        self.stack.append(OrderedDict() if name in EMPTY_DICTS else Noted(name))
 
     def _reduce(self) -> None:
         arguments, target = self.stack.pop(), self.stack.pop()
         name = target.name if type(target) is Global else ""
-        if type(arguments) is not tuple or name not in _CALLS:
-            raise _unusual(name or "a value", "called")
-        result = _CALLS[name](name, *arguments)
+        if type(arguments) is not tuple or name not in CALLS:
+            raise unusual(name or "a value", "called")
+        self._count_copies(*copied(name, arguments))
+        if name in ("builtins.set", "builtins.frozenset") and type(arguments[0]) is list:
+            for member in arguments[0]:
+                self._counted(member)
+        result = CALLS[name](name, *arguments)
         if type(result) is Tensor:
             self.bytes_left -= result.size
             if self.bytes_left < 0:
-                raise Malformed(f"its tensors claim more than {_MAX_SHARE} times the bytes of the file")
+                raise Unusual(f"its tensors show more than {_MAX_SHARE} times the bytes of the file")
         self.stack.append(result)
 
     def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is OrderedDict and type(state) is dict and _MARKS.issuperset(state):
+        if type(target) is OrderedDict and type(state) is dict and MARKS.issuperset(state):
             target.__dict__.update(state)  # attributes, none of which is called
-        elif type(target) is Noted and type(state) is _STATES.get(target.name):
+        elif type(target) is OrderedDict and state is target:
+            pass  # addict's way; PyTorch makes its items attributes, which nothing looks at
+        elif type(target) is Noted and type(state) is STATES.get(target.name):
+            if type(state) is tuple:  # of NumPy, whose arrays are copied
+                self._count_copies(0, sum(len(part) for part in state if type(part) is bytes))
             target.parts.append(state)
         else:
-            raise _unusual(getattr(target, "name", type(target).__name__), "given a state")
-
-
-def _unusual(name: str, what: str) -> _Unusual:
-    return _Unusual(f"{name} is {what} in a way that no writer of checkpoints does")
-
-
-def _checked_key(key: Any) -> Any:
-    # Other keys may share one hash value by the thousand, and a dict of them takes hours to fill.
-    if type(key) is str or (type(key) is int and abs(key) < _MAX_KEY):
-        return key
-    raise Malformed(f"a key is a {type(key).__name__}, expected text or a small number")
-
-
-def _is_count(*values: Any) -> bool:
-    return all(type(value) is int and 0 <= value < 1 << 48 for value in values)
-
-
-def _ordered_dict(name: str, *arguments: Any) -> Any:
-    if not arguments:
-        return OrderedDict()
-    raise _unusual(name, "called")
-
-
-def _counter(name: str, entries: Any) -> Any:
-    if type(entries) is dict and all(type(count) is int for count in entries.values()):
-        return Counter({_checked_key(key): count for key, count in entries.items()})
-    raise _unusual(name, "called")
-
-
-def _set(name: str, entries: Any) -> Any:
-    if type(entries) is list:
-        return {_checked_key(entry) for entry in entries}
-    raise _unusual(name, "called")
-
-
-def _bytes(name: str, text: Any, encoding: Any) -> Any:
-    # Pickle writes bytes so. Other codecs would let a few instructions double the text again and again.
-    if type(text) is str and encoding == "latin1":
-        return text.encode("latin1")
-    raise _unusual(name, "called")
-
-
-def _size(name: str, sizes: Any) -> Any:
-    if type(sizes) is tuple and _is_count(*sizes):
-        return sizes
-    raise _unusual(name, "called")
-
-
-def _device(name: str, kind: Any, index: Any = 0) -> Any:
-    if type(kind) is str and _LOCATION.fullmatch(kind) and _is_count(index):
-        return Noted(name)
-    raise _unusual(name, "called")
-
-
-def _note(name: str, *arguments: Any) -> Any:
-    return Noted(name, list(arguments))
-
-
-def _old_tensor(name: str, storage: Any, offset: Any, size: Any, stride: Any) -> Any:
-    return _tensor(name, storage, offset, size, stride, False, OrderedDict())
-
-
-def _typed_tensor(
-    name: str, storage: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks: Any, dtype: Any, *rest: Any
-) -> Any:
-    item = stand_ins.DTYPES.get(dtype.name) if type(dtype) is Global else None
-    if item is None or type(storage) is not Storage:
-        raise _unusual(name, "called")
-    return _tensor(name, dataclasses.replace(storage, item_size=item), offset, size, stride, gradient, hooks, *rest)
-
-
-def _tensor(
-    name: str, storage: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks: Any, metadata: Any = None
-) -> Any:
-    """Return a tensor whose elements all lie within its storage and are no more than it has."""
-    sound = type(storage) is Storage and type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
-    if not sound or not _is_count(offset, *size, *stride) or len(size) > 64 or metadata:
-        raise _unusual(name, "called")
-    if type(gradient) is not bool or type(hooks) is not OrderedDict or hooks or hooks.__dict__:
-        raise _unusual(name, "called")
-    count, last = 1, offset
-    for length, step in zip(size, stride, strict=True):
-        count *= length
-        last += (length - 1) * step
-    available = storage.size // storage.item_size
-    if (count and last >= available) or count > available or offset > available:
-        raise Malformed(f"a tensor of shape {size} claims more than the {available} values of its storage")
-    return Tensor(storage, count * storage.item_size)
-
-
-def _parameter(name: str, tensor: Any, gradient: Any, hooks: Any) -> Any:
-    if type(tensor) is Tensor and type(gradient) is bool and type(hooks) is OrderedDict and not hooks:
-        return tensor
-    raise _unusual(name, "called")
-
-
-_CFG_NODE = "yacs.config.CfgNode"
-_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
-_BARE = (_CFG_NODE, _HISTORY, "argparse.Namespace")
-#: Attributes that a state dict (its versions) and a CfgNode carry.
-_MARKS = frozenset(("_metadata", "__immutable__", "__deprecated_keys__", "__renamed_keys__", "__new_allowed__"))
-_CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _ordered_dict,
-    "collections.Counter": _counter,
-    "builtins.set": _set,
-    "_codecs.encode": _bytes,
-    "torch.Size": _size,
-    "torch.device": _device,
-    "torch._utils._rebuild_tensor": _old_tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _typed_tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "builtins.getattr": _note,
-    "numpy.dtype": _note,
-    "numpy.core.multiarray.scalar": _note,
-    "numpy._core.multiarray.scalar": _note,
-    "numpy.core.multiarray._reconstruct": _note,
-    "numpy._core.multiarray._reconstruct": _note,
-}
-#: Which of these take a state, and of what kind.
-_STATES: dict[str, type] = {
-    _HISTORY: dict,
-    "argparse.Namespace": dict,
-    "numpy.dtype": tuple,
-    "numpy.core.multiarray._reconstruct": tuple,
-    "numpy._core.multiarray._reconstruct": tuple,
-}
+            raise unusual(getattr(target, "name", type(target).__name__), "given a state")
 
 
 def _check_nesting(root: Any) -> None:

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from mmvmamba.checkpoints import stand_ins
 from mmvmamba.checkpoints.archive import check_archive, read_record
+from mmvmamba.checkpoints.calls import Malformed, Storage, described_storage
 from mmvmamba.checkpoints.config_text import take_config_text
-from mmvmamba.checkpoints.download import fetch
+from mmvmamba.checkpoints.download import fetch, known_hash
 from mmvmamba.checkpoints.legacy import check_legacy
 from mmvmamba.checkpoints.manifest import Manifest, read_manifest, sha256_of
-from mmvmamba.checkpoints.pickled import Malformed, Storage, described_storage, follow
+from mmvmamba.checkpoints.pickled import follow
 from mmvmamba.errors import CheckpointError, CorruptCheckpoint, HashMismatch, UnsafeCheckpoint
 
 _NAMES_SHOWN = 10
@@ -74,8 +75,11 @@ def read_checkpoint(
         HashMismatch: If it is not the file that ``sha256`` or its manifest describes.
         CheckpointError: If it is absent or its weights are of no use.
     """
+    _check_device(map_location)
     text = str(source)
     if "://" in text:
+        # Of the URL as well as given: it is proved on the file that is opened here, not only on the one in the cache.
+        sha256 = known_hash(text, sha256)
         path = fetch(text, sha256)
     else:
         path = Path(source).expanduser()
@@ -85,6 +89,40 @@ def read_checkpoint(
         _verify(file, size, name, read_manifest(path), sha256)
         content = _content(file, size, name, map_location)
     return _arranged(content, name, section, allow_non_finite)
+
+
+def _check_device(map_location: Any) -> None:
+    """Raise if the tensors are to go to a device that is not here, which says nothing about the file."""
+    if not isinstance(map_location, (str, torch.device)):
+        return
+    try:
+        device = torch.device(map_location)
+        if device.type in ("cpu", "meta"):
+            return
+        module = torch.get_device_module(device)
+        here = module.device_count() if module.is_available() else 0
+    except (RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"map_location is {str(map_location)!r}, expected a device of this PyTorch, such as 'cpu' or 'cuda:0'."
+        ) from error
+    if (device.index or 0) >= here:
+        raise CheckpointError(
+            f"map_location is {str(map_location)!r}, but {here} devices of that kind are here. Give map_location='cpu'."
+        )
+
+
+def check_file(path: Path) -> None:
+    """Raise unless a zip file of ``torch.save`` is one that ``read_checkpoint`` loads; no tensor is loaded.
+
+    All its bytes are read. Whether weights are finite and what a config text holds is not looked at.
+
+    Raises:
+        CheckpointError: As ``read_checkpoint``.
+    """
+    name = repr(str(path))
+    with _open(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_zip(file, size, name)
 
 
 def _open(path: Path, name: str) -> BinaryIO:
@@ -228,15 +266,22 @@ def _load(file: BinaryIO, name: str, map_location: Any) -> Any:
 
 
 def _load_safetensors(file: BinaryIO, name: str, map_location: Any) -> dict[str, Any]:
-    device = str(map_location) if isinstance(map_location, (str, torch.device)) else "cpu"
+    device = map_location if isinstance(map_location, (str, torch.device)) else "cpu"
     try:
         # The same open file again: its name may mean another one by now.
-        with safetensors.safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt", device=device) as opened:
+        with safetensors.safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt", device="cpu") as opened:
             # A copy, because a tensor that is a window on the file would change with it.
             state = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-            return {"state_dict": state, "meta": dict(opened.metadata() or {})}
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+            metadata = dict(opened.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         raise _broken(name, error) from error
+    for key, value in state.items():
+        if str(value.dtype) not in stand_ins.DTYPES:
+            raise CheckpointError(
+                f"checkpoint {name}: {key!r} is of type {value.dtype}, expected one of {', '.join(stand_ins.DTYPES)}. "
+                "Save it as one of these."
+            )
+    return {"state_dict": {key: value.to(device) for key, value in state.items()}, "meta": metadata}
 
 
 def _broken(name: str, error: Exception) -> CheckpointError:
@@ -321,12 +366,18 @@ def _check_finite(state: Mapping[str, Any], name: str) -> None:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if (
+            not isinstance(value, Tensor)
+            or value.is_meta
+            or not value.numel()
+            or not (value.is_floating_point() or value.is_complex())
+        ):
             continue
         # float8 has no isfinite of its own.
         finite = (value if value.element_size() > 1 else value.float()).isfinite()
         if not finite.all():
             raise CheckpointError(
-                f"checkpoint {name}: {key!r} holds NaN or infinite values, expected finite weights. The training that "
-                "wrote it diverged: use an earlier checkpoint, or allow_non_finite=True to look at it."
+                f"checkpoint {name}: {key!r} holds NaN or infinite values, expected finite weights. If a training that "
+                "diverged wrote it, use an earlier checkpoint. If they are meant, such as a mask, leave that entry out "
+                "of the file (persistent=False). allow_non_finite=True reads it as it is."
             )

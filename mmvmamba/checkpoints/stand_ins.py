@@ -51,6 +51,7 @@ PLAIN_CALLS = (
     "collections.OrderedDict",
     "collections.Counter",
     "builtins.set",
+    "builtins.complex",
     "_codecs.encode",
     "torch.Size",
     "torch.device",
@@ -79,6 +80,20 @@ class _DictStub:
 
     def __new__(cls, *_: object) -> Any:
         return OrderedDict()
+
+
+class _CopiedDict:
+    """Stands for a class derived from dict that is made of a plain one."""
+
+    def __new__(cls, entries: Any = (), *_: object) -> Any:
+        return OrderedDict(entries)
+
+
+class _NoBytes:
+    """Stands for ``bytes``, of which a file may have the empty ones by a call."""
+
+    def __new__(cls, *_: object) -> Any:
+        return b""
 
 
 class _StandIn:
@@ -123,12 +138,40 @@ class _Namespace(_StandIn):
     pass
 
 
+class _Path(_StandIn):
+    pass
+
+
+class _Factory(_StandIn):
+    pass
+
+
+class _Scheduler(_StandIn):
+    pass
+
+
+#: What makes the absent entries of a ``defaultdict``, which is read as a dict without.
+FACTORIES = tuple(f"builtins.{name}" for name in ("list", "dict", "int", "float", "set", "str", "tuple"))
+PATHS = tuple(f"pathlib.{name}" for name in ("PosixPath", "PurePosixPath", "_local.PosixPath", "_local.PurePosixPath"))
+
+
 #: Name in the file -> what is put in its place. None of these is ever called under its own name.
 STAND_INS: dict[str, type] = {
     # The training configuration in the official ImageNet checkpoints.
     "yacs.config.CfgNode": _DictStub,
     # The command line of trainings in the manner of DeiT.
     "argparse.Namespace": _Namespace,
+    # Settings of data sets in meta.dataset_meta, and what they are derived from.
+    "mmengine.config.config.ConfigDict": _CopiedDict,
+    "addict.addict.Dict": _DictStub,
+    "collections.defaultdict": _DictStub,
+    **dict.fromkeys(FACTORIES, _Factory),
+    "builtins.frozenset": frozenset,
+    "builtins.bytes": _NoBytes,
+    # Where a training of DeiT's kind wrote to.
+    **dict.fromkeys(PATHS, _Path),
+    # The method by which OneCycleLR goes down is written as one of this class.
+    "mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler": _Scheduler,
     # The curves of the training in mmengine's checkpoints, and the methods that each of them lists by name.
     "mmengine.logging.history_buffer.HistoryBuffer": _History,
     "builtins.getattr": _Method,
@@ -191,7 +234,8 @@ def _new_plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     if kind in (dict, OrderedDict, Counter):
         result: Any = kind()
         for key, entry in value.items():
-            result[key] = _plain(entry, done)
+            if type(entry) is not _Method:  # of an object whose constructor sets it again
+                result[key] = _plain(entry, done)
         metadata = value.__dict__.get("_metadata") if kind is OrderedDict else None
         if isinstance(metadata, dict):
             result.__dict__["_metadata"] = _plain(metadata, done)
@@ -206,6 +250,8 @@ def _new_plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
         if type(max_length) is not int:
             raise TypeError(f"max_length is a {type(max_length).__name__}")
         return HistoryRecord(max_length, _plain(log, done), _plain(count, done))
+    if kind is _Path:
+        return "/".join(value.args).replace("//", "/", 1) if value.args else "."
     if kind is _Scalar:
         code, data = value.args
         return _numpy_array(code, (), data)[()]

@@ -16,7 +16,8 @@ import torch
 
 from mmvmamba.checkpoints.atomic import replacing, sync_file, sync_folder
 from mmvmamba.checkpoints.manifest import Manifest, manifest_path, manifest_text
-from mmvmamba.errors import SaveError
+from mmvmamba.checkpoints.reader import check_file
+from mmvmamba.errors import CheckpointError, SaveError
 from mmvmamba.version import __version__
 
 
@@ -30,6 +31,7 @@ def write_checkpoint(
     world_size: int | None = None,
     resumable: bool = False,
     source: Mapping[str, str] | None = None,
+    prove: bool = False,
 ) -> Manifest:
     """Write a checkpoint and its manifest; both are on the disk (fsync) when this returns.
 
@@ -41,9 +43,10 @@ def write_checkpoint(
         path: The file to write; its folder is made if it is absent.
         content: What to write.
         iteration: For the manifest, as the following ones; see ``Manifest``.
+        prove: Check the written file as ``read_checkpoint`` does before it takes its name (zip of ``torch.save`` only).
 
     Raises:
-        SaveError: If it could not be written; earlier files are as they were, and nothing unfinished is left.
+        SaveError: If it could not be written or proved; earlier files are as they were, nothing unfinished is left.
     """
     manifest = Manifest(
         sha256=hashlib.sha256(content).hexdigest(),
@@ -64,8 +67,20 @@ def write_checkpoint(
             with replacing(path) as unfinished:
                 unfinished.write_bytes(content)
                 sync_file(unfinished)
+                if prove:
+                    _prove(unfinished, path)
                 forget_manifest(path)
     return manifest
+
+
+def _prove(unfinished: Path, path: Path) -> None:
+    try:
+        check_file(unfinished)
+    except CheckpointError as error:
+        raise SaveError(
+            f"checkpoint {str(path)!r} was not kept, because no training could go on from it: {error} The files saved "
+            "before are as they were."
+        ) from error
 
 
 def forget_manifest(path: Path) -> None:

@@ -192,7 +192,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         data = buffer.getvalue()
         path = Path(ckpt_path)
         path = path.with_name(f"{path.stem}-{hashlib.sha256(data).hexdigest()[:8]}.pth")
-        write_checkpoint(path, data, source={"file": Path(ckpt_path).name})
+        write_checkpoint(path, data, source={"file": Path(ckpt_path).name}, prove=True)
         left_out = sorted(set(content) - set(published))
         runner.logger.info(f"Published {ckpt_path} as {path}, without {', '.join(left_out) or 'leaving anything out'}.")
 
@@ -202,7 +202,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         Raises:
             SaveError: If it could not be written.
         """
-        write_checkpoint(path, content, **self._facts)
+        write_checkpoint(path, content, **self._facts, prove=True)
         self._outdated = [other for other in self._outdated if other.name != path.name]
 
     def discard_file(self, path: Path) -> None:
