@@ -276,6 +276,8 @@ def _load_safetensors(file: BinaryIO, name: str, map_location: Any) -> dict[str,
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         raise _broken(name, error) from error
     for key, value in state.items():
+        if max(value.shape, default=0) >= 1 << 48:
+            raise CorruptCheckpoint(f"checkpoint {name} is damaged: {key!r} has the shape {tuple(value.shape)}.")
         if str(value.dtype) not in stand_ins.DTYPES:
             raise CheckpointError(
                 f"checkpoint {name}: {key!r} is of type {value.dtype}, expected one of {', '.join(stand_ins.DTYPES)}. "

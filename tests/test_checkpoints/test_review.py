@@ -237,7 +237,8 @@ def _text(data):
 
 BOMBS = {
     "sets": b"](" + b"K\x01" * 100_000 + b"eq\x01" + b"c__builtin__\nset\nh\x01\x85R" * 1000,
-    "bytes": _text(b"a" * 1_000_000) + b"q\x01" + _text(b"latin1") + b"q\x02" + b"c_codecs\nencode\nh\x01h\x02\x86R" * 1000,
+    "bytes": _text(b"a" * 1_000_000) + b"q\x01" + _text(b"latin1")
+    + b"q\x02" + b"c_codecs\nencode\nh\x01h\x02\x86R" * 1000,
     "paths": _text(b"a" * 1_000_000) + b"q\x01" + b"cpathlib\nPosixPath\nh\x01\x85R" * 1000,
 }  # fmt: skip
 
