@@ -44,7 +44,7 @@ def main() -> None:
     check_data(cfg, ["train", "val"])
     runner = build_runner(cfg)
     for note in notes:
-        runner.logger.info(note)
+        runner.logger.log(note.level, note.text)
     train(runner)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
@@ -19,7 +20,14 @@ _NAMES = ("epoch_{}.pth", "iter_{}.pth", "best_{}.pth")
 _SHOWN = 5
 
 
-def choose_start(cfg: Config, resume: str | None) -> list[str]:
+class Note(NamedTuple):
+    """A line for the log, and its level there."""
+
+    text: str
+    level: int = logging.INFO
+
+
+def choose_start(cfg: Config, resume: str | None) -> list[Note]:
     """Decide from what a training starts and write it into ``cfg``; return lines for the log.
 
     Args:
@@ -41,9 +49,9 @@ def choose_start(cfg: Config, resume: str | None) -> list[str]:
     if resume is None or (resume == AUTO_OR_START and not checkpoints_in(folder, cfg)):
         _refuse_to_overwrite(folder, cfg)
         return []
-    notes: list[str] = []
+    passed_over: list[Note] = []
     if resume in (AUTO, AUTO_OR_START):
-        path, notes = _newest(folder)
+        path, passed_over = _newest(folder)
         state = training_state(path)
     else:
         path = Path(resume)
@@ -53,19 +61,25 @@ def choose_start(cfg: Config, resume: str | None) -> list[str]:
     cfg.resume = True
     cfg.load_from = str(path)
     where = f"{state.iteration} iterations, {state.epoch} epochs finished"
-    return [*notes, f"Resuming from {path} ({where}).", *_changed_versions(state)]
+    return [
+        *passed_over,
+        Note(f"Resuming from {path} ({where}).", logging.WARNING if passed_over else logging.INFO),
+        *_nothing_left(cfg, state),
+        *_changed_versions(state),
+    ]
 
 
-def _leave_to_the_runner(cfg: Config, resume: str | None) -> list[str]:
+def _leave_to_the_runner(cfg: Config, resume: str | None) -> list[Note]:
     """Pass the choice on: other runners have checkpoints of their own, such as the folders of DeepSpeed."""
     if resume is None:
         return []
     cfg.resume = True
     if resume in (AUTO, AUTO_OR_START):
         cfg.load_from = None  # the runner looks for last_checkpoint, and starts from the beginning if there is none
-        return [f"Resuming is left to {cfg.runner_type}: it takes what last_checkpoint names, which is not verified."]
+        text = f"Resuming is left to {cfg.runner_type}: it takes what last_checkpoint names, which is not verified."
+        return [Note(text, logging.WARNING)]
     cfg.load_from = resume
-    return [f"Resuming from {resume}, which is left to {cfg.runner_type} and not verified."]
+    return [Note(f"Resuming from {resume}, which is left to {cfg.runner_type} and not verified.", logging.WARNING)]
 
 
 def checkpoint_folder(cfg: Config) -> Path:
@@ -106,16 +120,29 @@ def _refuse_to_overwrite(folder: Path, cfg: Config) -> None:
         )
 
 
-def _newest(folder: Path) -> tuple[Path, list[str]]:
+def _newest(folder: Path) -> tuple[Path, list[Note]]:
     path, passed_over = newest_complete(folder)
-    notes = [f"Passed over {skipped.name}: {reason}" for skipped, reason in passed_over]
-    if path is None:
-        reasons = "".join("\n  " + note for note in notes)
+    if path is not None:
+        return path, [Note(f"Passed over {old.name}: {why}", logging.WARNING) for old, why in passed_over]
+    if passed_over:
         raise CheckpointError(
-            f"--resume: found no checkpoint in {str(folder)!r} that a training can go on from, expected one. Give its "
-            f"path, drop --resume to start from the beginning, or use --resume {AUTO_OR_START}.{reasons}"
+            f"--resume: a training can go on from none of the {len(passed_over)} checkpoints in {str(folder)!r}, "
+            "expected one that is whole. Put one back from a copy, or start again in another folder (--work-dir). What "
+            "is wrong with each:" + "".join(f"\n  {old.name}: {why}" for old, why in passed_over)
         )
-    return path, notes
+    raise CheckpointError(
+        f"--resume: found no checkpoint in {str(folder)!r}, expected one to go on from. Give its path, drop --resume to "
+        f"start from the beginning, or use --resume {AUTO_OR_START}."
+    )
+
+
+def _nothing_left(cfg: Config, state: TrainingState) -> list[Note]:
+    loop = cfg.get("train_cfg") or {}
+    for limit, done in (("max_iters", state.iteration), ("max_epochs", state.epoch)):
+        if isinstance(loop.get(limit), int) and done >= loop[limit]:
+            text = f"It has finished: train_cfg.{limit} is {loop[limit]}. To train on, set a higher one."
+            return [Note(text, logging.WARNING)]
+    return []
 
 
 def _refuse_to_overwrite_newer(folder: Path, path: Path, state: TrainingState) -> None:
@@ -145,9 +172,10 @@ def _take_seed(cfg: Config, path: Path, state: TrainingState) -> None:
     cfg.merge_from_dict({"randomness.seed": state.seed})
 
 
-def _changed_versions(state: TrainingState) -> list[str]:
+def _changed_versions(state: TrainingState) -> list[Note]:
     now = program_versions()
     changed = [f"{name} {then} -> {now.get(name)}" for name, then in state.versions.items() if now.get(name) != then]
     if not changed:
         return []
-    return [f"Other versions than before ({', '.join(changed)}): the training goes on, but not bit for bit the same."]
+    text = f"Other versions than before ({', '.join(changed)}): the training goes on, but not bit for bit the same."
+    return [Note(text, logging.WARNING)]

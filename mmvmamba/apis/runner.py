@@ -19,7 +19,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmvmamba.apis.guards import guard_loading, guard_training
-from mmvmamba.apis.resume import choose_start
+from mmvmamba.apis.resume import Note, choose_start
 from mmvmamba.checkpoints.mmengine_loader import located
 from mmvmamba.errors import CheckpointError, ConfigError
 
@@ -97,7 +97,7 @@ def make_mmseg_bases_resolvable() -> None:
 
 def prepare_training(
     cfg: Config, *, amp: bool = False, auto_scale_lr: bool = False, resume: str | None = None
-) -> list[str]:
+) -> list[Note]:
     """Apply the flags of training to ``cfg`` in place, and return lines for the log.
 
     Args:
@@ -122,7 +122,7 @@ def prepare_training(
                 "learning rate is meant for. Add auto_scale_lr=dict(base_batch_size=...)."
             )
         cfg.auto_scale_lr.enable = True
-    return [*choose_start(cfg, resume), *guard_training(cfg)]
+    return [*choose_start(cfg, resume), *map(Note, guard_training(cfg))]
 
 
 def _set_amp(cfg: Config) -> None:

@@ -102,8 +102,9 @@ def _check_fields(manifest: Manifest) -> None:
     if type(manifest.size) is not int or manifest.size < 0:
         raise ValueError("no size")
     for name in ("iteration", "epoch", "seed", "world_size"):
-        if type(getattr(manifest, name)) not in (int, type(None)):
-            raise ValueError(f"{name} is no number")
+        value = getattr(manifest, name)
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"{name} is {value!r}")
     if not isinstance(manifest.versions, dict) or not isinstance(manifest.source or {}, dict):
         raise ValueError("versions or source are no dict")
 

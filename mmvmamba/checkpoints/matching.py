@@ -88,7 +88,7 @@ def compare(
     Raises:
         ConfigError: If an entry of ``allow_missing`` is the beginning of no name.
         CheckpointMismatch: If a tensor is missing, unexpected, of another shape, of a dtype whose values the model's
-            does not hold exactly, or not finite.
+            does not hold exactly, or NaN.
     """
     names = dict.fromkeys((*own, *stored))
     skipped: set[str] = set()
@@ -117,7 +117,7 @@ def compare(
             for name, value in taken.items()
             if values and not _is_exact(value.dtype, own[name].dtype)
         ],
-        "not finite": [name for name, value in taken.items() if values and not bool(value.isfinite().all())],
+        "NaN": [name for name, value in taken.items() if values and bool(value.isnan().any())],
     }
     if any(problems.values()):
         raise CheckpointMismatch(

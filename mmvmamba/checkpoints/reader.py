@@ -51,7 +51,7 @@ def read_checkpoint(
     sha256: str | None = None,
     map_location: Any = "cpu",
     section: str | None = None,
-    allow_non_finite: bool = False,
+    allow_nan: bool = False,
 ) -> dict[str, Any]:
     """Return the content of a checkpoint; its weights are under ``"state_dict"``, by name.
 
@@ -67,7 +67,7 @@ def read_checkpoint(
         map_location: Where the tensors go, as for ``torch.load``.
         section: Entry of the file that holds the weights, such as ``"model_ema"``; by default ``"state_dict"``, else
             ``"model"``, whose figures the official repositories publish.
-        allow_non_finite: Accept weights that are NaN or infinite.
+        allow_nan: Accept weights that are NaN.
 
     Raises:
         UnsafeCheckpoint: If the file could run code, or is of a kind that can. Nothing of it was run.
@@ -88,7 +88,7 @@ def read_checkpoint(
         size = os.fstat(file.fileno()).st_size
         _verify(file, size, name, read_manifest(path), sha256)
         content = _content(file, size, name, map_location)
-    return _arranged(content, name, section, allow_non_finite)
+    return _arranged(content, name, section, allow_nan)
 
 
 def _check_device(map_location: Any) -> None:
@@ -304,7 +304,7 @@ def _broken(name: str, error: Exception) -> CheckpointError:
     )
 
 
-def _arranged(content: Any, name: str, section: str | None, allow_non_finite: bool) -> dict[str, Any]:
+def _arranged(content: Any, name: str, section: str | None, allow_nan: bool) -> dict[str, Any]:
     """Return the content with the weights under ``"state_dict"`` and without text that could be run."""
     whole = isinstance(content, Mapping)
     found = section if section else next((k for k in _SECTIONS if whole and isinstance(content.get(k), Mapping)), None)
@@ -317,10 +317,10 @@ def _arranged(content: Any, name: str, section: str | None, allow_non_finite: bo
     if "meta" in arranged and not isinstance(arranged["meta"], dict):
         raise CorruptCheckpoint(f"checkpoint {name}: meta is a {type(arranged['meta']).__name__}, expected a dict.")
     take_config_text(arranged, name)
-    if not allow_non_finite:
-        _check_finite(state, name)
+    if not allow_nan:
+        _check_no_nan(state, name)
         if isinstance(arranged.get("ema_state_dict"), dict):
-            _check_finite(arranged["ema_state_dict"], name)
+            _check_no_nan(arranged["ema_state_dict"], name)
     return arranged
 
 
@@ -362,7 +362,7 @@ def _state_dict(state: Any, name: str) -> dict[str, Tensor]:
     return result
 
 
-def _check_finite(state: Mapping[str, Any], name: str) -> None:
+def _check_no_nan(state: Mapping[str, Any], name: str) -> None:
     seen = set()
     for key, value in state.items():
         if id(value) in seen:
@@ -375,11 +375,9 @@ def _check_finite(state: Mapping[str, Any], name: str) -> None:
             or not (value.is_floating_point() or value.is_complex())
         ):
             continue
-        # float8 has no isfinite of its own.
-        finite = (value if value.element_size() > 1 else value.float()).isfinite()
-        if not finite.all():
+        # Infinite values are often meant, as in masks and observers; NaN never is. float8 has no isnan of its own.
+        if (value if value.element_size() > 1 else value.float()).isnan().any():
             raise CheckpointError(
-                f"checkpoint {name}: {key!r} holds NaN or infinite values, expected finite weights. If a training that "
-                "diverged wrote it, use an earlier checkpoint. If they are meant, such as a mask, leave that entry out "
-                "of the file (persistent=False). allow_non_finite=True reads it as it is."
+                f"checkpoint {name}: {key!r} holds NaN, expected numbers. If a training that diverged wrote it, use an "
+                "earlier checkpoint; read_checkpoint(..., allow_nan=True) reads it as it is."
             )

@@ -115,7 +115,7 @@ def verify(path: Path) -> None:
     manifest = read_manifest(path)
     if manifest is None:
         return
-    advice = "It is damaged: take another one."
+    advice = "It is damaged."
     with path.open("rb") as file:
         size = path.stat().st_size
         if size != manifest.size:

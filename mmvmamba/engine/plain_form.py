@@ -48,7 +48,7 @@ def make_plain(checkpoint: MutableMapping[str, Any]) -> None:
     What comes out of it is what ``read_checkpoint`` takes: no checkpoint is written that cannot be gone on from.
 
     Raises:
-        SaveError: If it holds an object that has no plain form, or weights that are not finite.
+        SaveError: If it holds an object that has no plain form, or weights that are NaN.
     """
     _take_config_text(checkpoint)
     if "param_schedulers" in checkpoint:
@@ -56,7 +56,7 @@ def make_plain(checkpoint: MutableMapping[str, Any]) -> None:
     for key, value in list(checkpoint.items()):
         checkpoint[key] = _to_plain(value, key)
     for key in _WEIGHTS:
-        _check_finite(checkpoint.get(key), key)
+        _check_no_nan(checkpoint.get(key), key)
 
 
 def restore(checkpoint: MutableMapping[str, Any]) -> None:
@@ -165,15 +165,14 @@ def _plain_tensor(value: Tensor, where: str) -> Tensor:
     return value
 
 
-def _check_finite(state: Any, where: str) -> None:
+def _check_no_nan(state: Any, where: str) -> None:
     for name, value in state.items() if isinstance(state, Mapping) else ():
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             continue
-        if not (value if value.element_size() > 1 else value.float()).isfinite().all():
+        if (value if value.element_size() > 1 else value.float()).isnan().any():
             raise SaveError(
-                f"checkpoint entry {where}.{name} holds NaN or infinite values, expected finite weights: no training "
-                "goes on from others. What was saved before is kept. If they are meant, such as a mask, let the model "
-                "register that buffer with persistent=False."
+                f"checkpoint entry {where}.{name} holds NaN, expected numbers: no training goes on from it. What was "
+                "saved before is kept: resume from there with a lower learning rate."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,18 @@ def test_newest_is_taken_with_its_seed(tmp_path):
     cfg = _config(tmp_path)
     notes = choose_start(cfg, "auto")
     assert (cfg.resume, cfg.load_from, cfg.randomness.seed) == (True, str(newest), 8)
-    assert notes[0].startswith(f"Passed over {damaged.name}: ") and "its manifest says 3" in notes[0]
-    assert notes[1] == f"Resuming from {newest} (2 iterations, 0 epochs finished)."
+    assert notes[0].text.startswith(f"Passed over {damaged.name}: ") and "its manifest says 3" in notes[0].text
+    assert notes[1].text == f"Resuming from {newest} (2 iterations, 0 epochs finished)."
+    assert all(note.level == logging.WARNING for note in notes)
     assert len(notes) == 2
 
 
 @pytest.mark.parametrize("resume", ["auto", "auto-or-start"])
 def test_only_damaged_ones_are_an_error_with_the_reasons(tmp_path, resume):
     _save(tmp_path / "iter_3.pth", 3).write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="(?s)found no checkpoint .*iter_3.pth: .*its manifest says 3"):
+    with pytest.raises(
+        CheckpointError, match="(?s)from none of the 1 checkpoints in .*--work-dir.*iter_3.pth: .*its manifest says 3"
+    ):
         choose_start(_config(tmp_path), resume)
 
 
@@ -113,10 +117,17 @@ def test_another_seed_is_refused_and_the_same_is_not(tmp_path):
         choose_start(_config(tmp_path, randomness=dict(seed=5)), "auto")
 
 
+@pytest.mark.parametrize(("limit", "done"), [("max_iters", 2), ("max_iters", 3), ("max_epochs", 0)])
+def test_a_finished_training_is_said_to_be_finished(tmp_path, limit, done):
+    _save(tmp_path / "iter_2.pth", 2)
+    notes = choose_start(_config(tmp_path, train_cfg={limit: done}), "auto")
+    assert any(f"It has finished: train_cfg.{limit} is {done}" in note.text for note in notes) == (done < 3)
+
+
 def test_other_versions_are_named(tmp_path, monkeypatch):
     _save(tmp_path / "iter_2.pth", 2)
     monkeypatch.setattr("mmvmamba.apis.resume.program_versions", lambda: {"torch": "9.9"})
-    note = choose_start(_config(tmp_path), "auto")[-1]
+    note = choose_start(_config(tmp_path), "auto")[-1].text
     assert note.startswith("Other versions than before (") and "-> 9.9" in note
 
 
@@ -125,7 +136,7 @@ def test_other_runners_resume_by_themselves(tmp_path, resume, load_from):
     """DeepSpeed's checkpoints are folders, which only its runner can read."""
     (tmp_path / "iter_2").mkdir()
     cfg = _config(tmp_path, runner_type="FlexibleRunner")
-    [note] = choose_start(cfg, resume)
+    [(note, _)] = choose_start(cfg, resume)
     assert (cfg.resume, cfg.load_from) == (True, load_from)
     assert "left to FlexibleRunner" in note and "not verified" in note
     cfg = _config(tmp_path, runner_type="FlexibleRunner")

@@ -43,10 +43,10 @@ def test_problems_are_counted_and_named():
     assert "name10" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_are_refused(value):
-    with pytest.raises(CheckpointMismatch, match=r"1 not finite \['stem.bias'\]"):
-        compare(OWN, _stored(stem__bias=torch.tensor([1.0, value, 0.0, 0.0])), **NAMES)
+def test_nan_is_refused_and_infinity_is_not():
+    with pytest.raises(CheckpointMismatch, match=r"1 NaN \['stem.bias'\]"):
+        compare(OWN, _stored(stem__bias=torch.tensor([1.0, float("nan"), 0.0, 0.0])), **NAMES)
+    compare(OWN, _stored(stem__bias=torch.tensor([1.0, -float("inf"), 0.0, 0.0])), **NAMES)
 
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")

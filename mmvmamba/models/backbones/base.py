@@ -233,7 +233,7 @@ class BaseBackbone(BaseModule):
 
         Raises:
             CheckpointError: If the file cannot be read.
-            CheckpointMismatch: If an entry is missing, unexpected, of another shape or dtype, or not finite.
+            CheckpointMismatch: If an entry is missing, unexpected, of another shape or dtype, or NaN.
         """
         source = f"{checkpoint!r} (prefix={prefix!r})" if prefix else repr(checkpoint)
         state = read_weights(checkpoint, map_location=map_location)
