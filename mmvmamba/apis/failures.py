@@ -114,8 +114,8 @@ def _worker_advice(runner: Runner, error: BaseException) -> str:
         what = "died"
         advice = (
             "fewer workers (--cfg-options train_dataloader.num_workers=1) where memory ran out, as the system's log "
-            "says; more shared memory (/dev/shm, docker run --shm-size=8g) after a bus error; num_workers=0 shows where "
-            "a library crashes"
+            "says; more shared memory (/dev/shm, docker run --shm-size=8g) after a bus error; num_workers=0 shows "
+            "where a library crashes"
         )
     return (
         f"a DataLoader worker {what} after iteration {runner.iter}: {_first_sentences(error)}\n"

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+#: Seconds, as in PyTorch's own loops.
 _LOOK_EVERY = 5.0
 
 
