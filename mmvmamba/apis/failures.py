@@ -81,6 +81,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def _end_workers() -> None:
     """End the workers of DataLoaders: Python would wait for each, for one that hangs for ever."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:  # PyTorch's handler raises an error for each worker that dies of a signal
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.terminate()
     end = time.monotonic() + _LAST_WORDS

@@ -160,9 +160,13 @@ def test_a_worker_that_hangs_is_explained_and_ended(tmp_path):
         raise error.value
 
     (worker,) = multiprocessing.active_children()
-    with pytest.raises(SystemExit):
-        run_command(main)
-    worker.join(timeout=5)
+    pytorchs = signal.getsignal(signal.SIGCHLD)
+    try:
+        with pytest.raises(SystemExit):
+            run_command(main)
+        worker.join(timeout=5)
+    finally:
+        signal.signal(signal.SIGCHLD, pytorchs)
     assert worker.exitcode == -signal.SIGKILL
 
 
