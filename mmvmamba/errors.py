@@ -61,6 +61,10 @@ class OutOfMemory(MMVMambaError, RuntimeError):
     """A training did not find enough memory; the checkpoints are as they were."""
 
 
+class WorkerError(MMVMambaError, RuntimeError):
+    """A DataLoader worker died or gave no batch in time; the checkpoints are as they were."""
+
+
 class TrainingInterrupted(MMVMambaError):
     """A signal ended the training after a checkpoint was written.
 

@@ -1,10 +1,12 @@
-"""How a training ends when it does not end by itself: advice for want of memory, exit codes for signals."""
+"""How a training ends when it does not end by itself: advice for want of memory and workers, exit codes for signals."""
 
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +17,15 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmvmamba.engine import InterruptHook, LastBatchHook
 from mmvmamba.engine.batches import image_shapes
-from mmvmamba.errors import MMVMambaError, OutOfMemory, TrainingInterrupted
+from mmvmamba.errors import MMVMambaError, OutOfMemory, TrainingInterrupted, WorkerError
 
 #: What PyTorch's allocator for the CPU writes into its RuntimeError, which has no class of its own.
 _CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+#: PyTorch's words for a DataLoader worker that is gone, and for one that gives no batch within the loader's timeout.
+_WORKER_GONE = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal|exited unexpectedly)")
+_WORKER_HANGS = "DataLoader timed out after"
+#: Seconds that workers are given to end.
+_LAST_WORDS = 3.0
 
 
 def train(runner: Runner) -> None:
@@ -26,6 +33,7 @@ def train(runner: Runner) -> None:
 
     Raises:
         OutOfMemory: If there was not enough memory.
+        WorkerError: If a DataLoader worker died or gave no batch in time.
         KeyboardInterrupt: After Ctrl-C was pressed twice. All other exceptions are those of ``runner.train``.
     """
     guards = [hook for hook in runner.hooks if isinstance(hook, InterruptHook)]
@@ -37,6 +45,8 @@ def train(runner: Runner) -> None:
             raise KeyboardInterrupt from error
         if is_out_of_memory(error):
             raise OutOfMemory(_advice(runner, error)) from error
+        if is_worker_failure(error):
+            raise WorkerError(_worker_advice(runner, error)) from error
         raise
     finally:
         for guard in guards:
@@ -63,15 +73,23 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         _end_workers()
         sys.exit(128 + signal.SIGINT)
     except MMVMambaError as error:
+        _end_workers()
         sys.exit(f"error: {error}")
     sys.exit(0)
 
 
 def _end_workers() -> None:
-    """End the workers of DataLoaders: Python would wait five seconds for each, as nobody tells them it is over."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.terminate()
+    """End the workers of DataLoaders: Python would wait for each, for one that hangs for ever."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:  # PyTorch's handler raises an error for each worker that dies of a signal
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.terminate()
+    end = time.monotonic() + _LAST_WORDS
+    for worker in workers:
+        worker.join(max(end - time.monotonic(), 0))
+        if worker.is_alive():
+            worker.kill()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -81,13 +99,41 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_ALLOCATOR)
 
 
-def _advice(runner: Runner, error: BaseException) -> str:
-    checkpoint = find_latest_checkpoint(runner.work_dir)
-    saved = (
-        f"the newest checkpoint, {checkpoint}, is untouched; go on from it with --resume"
-        if checkpoint is not None and Path(checkpoint).is_file()
-        else "there is no checkpoint yet"
+def is_worker_failure(error: BaseException) -> bool:
+    """Return whether an exception is PyTorch's for a DataLoader worker that died or gave no batch in time."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (_WORKER_GONE.match(text) is not None or text.startswith(_WORKER_HANGS))
+
+
+def _worker_advice(runner: Runner, error: BaseException) -> str:
+    if str(error).startswith(_WORKER_HANGS):
+        what = "gave no batch in time"
+        advice = (
+            "look for a sample that takes for ever (a lock, a network drive), with --cfg-options "
+            "train_dataloader.num_workers=0 in the main process; or a longer train_dataloader.timeout"
+        )
+    else:
+        what = "died"
+        advice = (
+            "fewer workers (--cfg-options train_dataloader.num_workers=1) where memory ran out, as the system's log "
+            "says; more shared memory (/dev/shm, docker run --shm-size=8g) after a bus error; num_workers=0 shows "
+            "where a library crashes"
+        )
+    return (
+        f"a DataLoader worker {what} after iteration {runner.iter}: {_first_sentences(error)}\n"
+        f"  try one of: {advice}\n"
+        f"  {_saved(runner)}"
     )
+
+
+def _saved(runner: Runner) -> str:
+    checkpoint = find_latest_checkpoint(runner.work_dir)
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return "there is no checkpoint yet"
+    return f"the newest checkpoint, {checkpoint}, is untouched; go on from it with --resume"
+
+
+def _advice(runner: Runner, error: BaseException) -> str:
     hook = _last_batch(runner)
     validating = hook is not None and hook.stage == "val"
     when = f"the validation after iteration {runner.iter}" if validating else f"iteration {runner.iter + 1}"
@@ -95,7 +141,7 @@ def _advice(runner: Runner, error: BaseException) -> str:
         f"out of memory in {when}, at {_place(error)}: {_first_sentences(error)}\n"
         f"  batch: {_batch(hook)}\n"
         f"  try one of: {'; '.join(_remedies(runner))}\n"
-        f"  {saved}"
+        f"  {_saved(runner)}"
     )
 
 

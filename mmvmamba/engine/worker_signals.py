@@ -7,6 +7,7 @@ written. So workers leave these signals to the main process.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -15,12 +16,18 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+#: Seconds, as in PyTorch's own loops.
+_LOOK_EVERY = 5.0
+
 
 class WorkerShield:
     """Let the workers that the given DataLoaders start from now on ignore SIGINT, SIGUSR1 and most SIGTERM.
 
     PyTorch and Python's multiprocessing end a worker that does not end by itself by SIGTERM; that one, since it comes
-    from the main process, is obeyed.
+    from the main process, is obeyed. A worker whose main process is gone ends within five seconds, even where it waits
+    for somebody to take its batch, in which PyTorch's workers stay for ever.
+
+    Programs that a data set starts in a worker inherit that SIGTERM is blocked: they must be ended by ``kill()``.
 
     Args:
         loaders: DataLoaders; workers that run already are not reached.
@@ -57,9 +64,17 @@ class _ShieldedStart:
             self.inner(worker)
 
     def _obey_the_parent(self) -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != self._parent:
-            pass
-        os._exit(0)  # as PyTorch's own handler does for a SIGTERM of the main process
+        began_under = os.getppid()  # the main process, or the server that forks in its place
+        while os.getppid() == began_under and _main_process_lives():
+            received = signal.sigtimedwait({signal.SIGTERM}, _LOOK_EVERY)
+            if received is not None and received.si_pid == self._parent:
+                os._exit(0)  # as PyTorch's own handler does for a SIGTERM of the main process
+        os._exit(1)
+
+
+def _main_process_lives() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is None or parent.is_alive()
 
 
 def loaders_of(loops: Iterable[Any]) -> list[DataLoader[Any]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import re
 import signal
+import time
 
 import pytest
 import torch
@@ -14,11 +18,11 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from mmvmamba.apis import run_command, train
-from mmvmamba.apis.failures import is_out_of_memory
+from mmvmamba.apis.failures import is_out_of_memory, is_worker_failure
 from mmvmamba.apis.guards import guard_failures
-from mmvmamba.engine import CheckpointHook, LastBatchHook, NonFiniteHook
-from mmvmamba.errors import DataError, OutOfMemory, TrainingInterrupted
-from tests.test_engine.guarded_training import make_runner
+from mmvmamba.engine import CheckpointHook, InterruptHook, LastBatchHook, NonFiniteHook
+from mmvmamba.errors import DataError, OutOfMemory, TrainingInterrupted, WorkerError
+from tests.test_engine.guarded_training import Images, make_runner
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +119,72 @@ def test_other_errors_are_not_touched(tmp_path):
     with pytest.raises(RuntimeError, match="^shape mismatch$"):
         train(make_runner(tmp_path, [_fail_at(2, fail)]))
     assert not is_out_of_memory(RuntimeError("out of memory, says somebody"))
+
+
+def test_a_worker_that_dies_is_explained(tmp_path):
+    """D6: what the main process says."""
+
+    class Kill(Hook):
+        def before_train_iter(self, runner, **arguments):
+            if runner.iter == 3:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(30)  # PyTorch raises its error wherever the main process is
+
+    runner = make_runner(tmp_path, [Kill()], iterations=40, workers=1,
+                         default_hooks={"checkpoint": CheckpointHook(interval=3, by_epoch=False)})  # fmt: skip
+    with pytest.raises(WorkerError) as error:
+        train(runner)
+    message = str(error.value)
+    assert message.startswith("a DataLoader worker died after iteration 3: DataLoader worker (pid")
+    assert "try one of: fewer workers" in message
+    assert f"the newest checkpoint, {tmp_path / 'iter_3.pth'}, is untouched; go on from it with --resume" in message
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+class Hanging(Images):
+    """Its samples take for ever, in code that lets no other thread of the worker run."""
+
+    def __getitem__(self, index):
+        return re.match("(a+)+$", "a" * 60 + "b")
+
+
+def test_a_worker_that_hangs_is_explained_and_ended(tmp_path):
+    runner = make_runner(tmp_path, [InterruptHook()], dataset=Hanging(), workers=1)
+    runner.train_dataloader.timeout = 1
+    with pytest.raises(WorkerError) as error:
+        train(runner)
+    message = str(error.value)
+    assert message.startswith("a DataLoader worker gave no batch in time after iteration 0: DataLoader timed out after")
+    assert "or a longer train_dataloader.timeout" in message and "there is no checkpoint yet" in message
+
+    def main():
+        raise error.value
+
+    (worker,) = multiprocessing.active_children()
+    pytorchs = signal.getsignal(signal.SIGCHLD)
+    try:
+        with pytest.raises(SystemExit):
+            run_command(main)
+        worker.join(timeout=5)
+    finally:
+        signal.signal(signal.SIGCHLD, pytorchs)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that ...", True),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", True),
+        ("DataLoader worker (pid 12) exited unexpectedly with exit code 1. Details are lost ...", True),
+        ("DataLoader timed out after 5 seconds", True),
+        ("Caught RuntimeError in DataLoader worker process 0.", False),
+        ("Pin memory thread exited unexpectedly", False),
+    ],
+)
+def test_worker_failures_are_told_by_pytorchs_words(text, answer):
+    assert is_worker_failure(RuntimeError(text)) is answer
+    assert not is_worker_failure(ValueError(text))
 
 
 def _ends(capsys, error):

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("mmengine")
 
+from mmengine.hooks import Hook
+from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import HOOKS
 from torch.amp.grad_scaler import GradScaler
 
@@ -121,6 +123,74 @@ def test_finite_gradients_with_an_infinite_norm_are_no_error(tmp_path):
             self.head.weight.register_hook(lambda gradient: torch.full_like(gradient, 3e38))
 
     make_runner(tmp_path, [NonFiniteHook()], model=Steep()).train()
+
+
+@pytest.mark.parametrize("when", ["between iterations", "in the forward pass"])
+def test_buffers_that_were_replaced_are_put_back_too(tmp_path, when):
+    """MMEngine's PreciseBNHook puts other tensors in the places of the running statistics, models their own."""
+
+    class Replace(Hook):
+        priority = "HIGHEST"
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            norm = runner.model.norm
+            if when == "between iterations":
+                norm.running_mean = torch.full_like(norm.running_mean, float(runner.iter))
+
+    class Restless(Model):
+        def forward(self, *arguments, **settings):
+            if when == "in the forward pass":
+                self.norm.running_mean = self.norm.running_mean + 1
+            return super().forward(*arguments, **settings)
+
+    snapshots = Snapshots()
+    model = Restless(Poison("loss", VALUES["nan"], 5))
+    runner = make_runner(tmp_path, [Replace(), snapshots, NonFiniteHook()], model=model)
+    _train_until_it_stops(runner)
+    assert differing(snapshots.before[4], state_of(runner)) == []
+
+
+class _ForeignWrapper(BaseOptimWrapper):
+    """As MMEngine's DeepSpeedOptimWrapper: of the methods of an OptimWrapper it has only these."""
+
+    def update_params(self, loss):
+        self.step(self.backward(loss))
+
+    def backward(self, loss):
+        loss.backward()
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self, _):
+        self.optimizer.step()
+        self.zero_grad()
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.optimizer.load_state_dict(state_dict)
+
+
+def test_a_wrapper_of_another_kind_is_only_warned_of(tmp_path):
+    model = Model()
+    runner = make_runner(tmp_path, [NonFiniteHook()], model=model)
+    runner.optim_wrapper = _ForeignWrapper(torch.optim.AdamW(model.parameters(), lr=0.01))
+    runner.model.train_step = lambda data, optim_wrapper: optim_wrapper.update_params(
+        model(**model.data_preprocessor(data), mode="loss")["loss_main"]
+    )
+    hook = next(hook for hook in runner.hooks if isinstance(hook, NonFiniteHook))
+    warnings = []
+    runner.logger.warning = warnings.append
+    hook.before_train(runner)
+    for iteration in range(2):
+        batch = {"inputs": [torch.randn(3, 8, 8)], "data_samples": None}
+        hook.before_train_iter(runner, iteration, batch)
+        runner.model.train_step(batch, runner.optim_wrapper)
+        hook.after_train_iter(runner, iteration, batch)
+    hook.after_train(runner)
+    assert [text for text in warnings if "_ForeignWrapper around AdamW is no mmengine.OptimWrapper" in text]
 
 
 def test_nothing_is_left_behind(tmp_path):

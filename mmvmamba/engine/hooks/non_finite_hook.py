@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from mmengine import dist
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -70,7 +70,8 @@ class NonFiniteHook(Hook):
         self._gradients: list[str] = []
         self._passes: list[report.Pass] = []
         self._batch: Any = None
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._model: nn.Module | None = None
+        self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
         self._parameters: dict[int, dict[str, Tensor]] = {}
         self._counts: dict[int, int] = {}
         self._checked: set[int] = set()
@@ -81,15 +82,21 @@ class NonFiniteHook(Hook):
         """Watch the model's losses and the optimizers' steps."""
         self._release()
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._buffers = [(buffer, torch.empty_like(buffer)) for buffer in model.buffers()]
-        self._handles.append(runner.model.register_forward_hook(self._keep_losses))
-        for wrapper in _optim_wrappers(runner):
-            if not isinstance(wrapper.optimizer, torch.optim.Optimizer):
-                runner.logger.warning(
-                    f"NonFiniteHook: {type(wrapper.optimizer).__name__} is no torch.optim.Optimizer, its steps are "
-                    "not checked for NaN and infinite values"
-                )
+        wrappers = []
+        for candidate in _optim_wrappers(runner):
+            if _is_checkable(candidate):
+                wrappers.append(candidate)
                 continue
+            runner.logger.warning(
+                f"NonFiniteHook: {type(candidate).__name__} around {type(candidate.optimizer).__name__} is no "
+                "mmengine.OptimWrapper around a torch.optim.Optimizer, its steps are not checked for NaN and infinite "
+                "values"
+            )
+        if not wrappers:
+            return  # DeepSpeed's model, for one, is no module that could be watched
+        self._model = model
+        self._handles.append(runner.model.register_forward_hook(self._keep_losses))
+        for wrapper in wrappers:
             self._parameters[id(wrapper)] = _named_parameters(model, wrapper.optimizer)
             hook = functools.partial(self._before_step, runner, wrapper)
             self._handles.append(wrapper.optimizer.register_step_pre_hook(hook))
@@ -102,12 +109,13 @@ class NonFiniteHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:  # noqa: ARG002
         """Note the batch; where gradients start from nothing, the buffers too."""
+        if self._model is None:
+            return
         if not self._passes:
-            for buffer, copy in self._buffers:
-                copy.copy_(buffer)
+            self._copy_buffers(self._model)
         self._passes.append(report.Pass(runner.iter + 1))
         self._batch = data_batch
-        self._counts = {id(wrapper): wrapper.inner_count for wrapper in _optim_wrappers(runner)}
+        self._counts = {id(wrapper): wrapper.inner_count for wrapper in self._wrappers(runner)}
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None  # noqa: ARG002
@@ -117,13 +125,13 @@ class NonFiniteHook(Hook):
         Raises:
             NonFiniteLossError: the scaler has left out too many, or one because of the loss.
         """
-        wrappers = _optim_wrappers(runner)
+        wrappers = self._wrappers(runner)
         if not all(wrapper.should_update() for wrapper in wrappers):
             self._name_images()  # gradients are accumulated: the names are kept, the batch itself is not
             return
         for wrapper in wrappers:
             ran = wrapper.inner_count != self._counts[id(wrapper)]  # a model may leave an optimizer alone for a while
-            if ran and _scaler(wrapper) is not None and id(wrapper) in self._parameters:
+            if ran and _scaler(wrapper) is not None:
                 if id(wrapper) in self._stepped:
                     self._scaler_skips = 0
                 else:
@@ -141,8 +149,28 @@ class NonFiniteHook(Hook):
             wrapper.clip_func = wrapper.clip_func.args[-1]
         for wrapper in self._clearing:
             del wrapper.zero_grad  # the method of its class shows again
-        self._handles, self._clipping, self._clearing, self._buffers, self._parameters = [], [], [], [], {}
+        self._handles, self._clipping, self._clearing, self._buffers, self._parameters = [], [], [], {}, {}
+        self._model = None
         self._forget_passes()
+
+    def _wrappers(self, runner: Runner) -> list[OptimWrapper]:
+        return [wrapper for wrapper in _optim_wrappers(runner) if id(wrapper) in self._parameters]
+
+    @torch.no_grad()
+    def _copy_buffers(self, model: nn.Module) -> None:
+        """Copy the buffers as they are now: hooks (MMEngine's PreciseBNHook) put other tensors in their places."""
+        old, self._buffers = self._buffers, {}
+        for name, buffer in model.named_buffers():
+            copy = old[name][1] if name in old else None
+            if copy is None or (copy.shape, copy.dtype, copy.device) != (buffer.shape, buffer.dtype, buffer.device):
+                copy = torch.empty_like(buffer)
+            self._buffers[name] = (buffer, copy.copy_(buffer))
+
+    @torch.no_grad()
+    def _restore_buffers(self, model: nn.Module) -> None:
+        for name, (buffer, copy) in self._buffers.items():
+            module, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(module), own_name, buffer.copy_(copy))  # the forward pass may have put another
 
     def _forget_passes(self) -> None:
         self._passes, self._gradients, self._batch = [], [], None
@@ -223,9 +251,8 @@ class NonFiniteHook(Hook):
     def _leave_out(self, runner: Runner, wrapper: OptimWrapper, parameters: Mapping[str, Tensor]) -> None:
         """Let the coming step do nothing, or raise if too many were left out in a row."""
         text = self._report(wrapper, parameters)
-        with torch.no_grad():
-            for buffer, copy in self._buffers:
-                buffer.copy_(copy)
+        if self._model is not None:
+            self._restore_buffers(self._model)
         for parameter in parameters.values():
             parameter.grad = None
         self._skipped += 1
@@ -281,9 +308,13 @@ def _loss_terms(output: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield name, torch.stack([entry.detach().mean() for entry in value]).sum()
 
 
-def _optim_wrappers(runner: Runner) -> list[OptimWrapper]:
+def _optim_wrappers(runner: Runner) -> list[BaseOptimWrapper]:
     wrapper = runner.optim_wrapper
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+
+
+def _is_checkable(wrapper: BaseOptimWrapper) -> TypeGuard[OptimWrapper]:
+    return isinstance(wrapper, OptimWrapper) and isinstance(wrapper.optimizer, torch.optim.Optimizer)
 
 
 def _named_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
