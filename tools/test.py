@@ -8,6 +8,7 @@ import sys
 
 from mmvmamba.apis import add_shared_arguments, build_runner, check_data, check_weights, load_config, prepare_testing
 from mmvmamba.errors import MMVMambaError
+from mmvmamba.models.pretrained import read_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,8 +31,10 @@ def main() -> None:
     cfg = load_config(args.config, work_dir=args.work_dir, cfg_options=args.cfg_options, launcher=args.launcher)
     prepare_testing(cfg, args.checkpoint, out=args.out, show_dir=args.show_dir, tta=args.tta)
     check_data(cfg, ["test"])
+    weights = read_weights(args.checkpoint)  # before anything is built: a bad file is known at once
     runner = build_runner(cfg)
-    check_weights(runner.model, args.checkpoint)
+    check_weights(runner.model, args.checkpoint, weights)
+    del weights
     runner.test()
 
 

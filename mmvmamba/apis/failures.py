@@ -17,7 +17,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmvmamba.engine import InterruptHook, LastBatchHook
 from mmvmamba.engine.batches import image_shapes
-from mmvmamba.errors import MMVMambaError, OutOfMemory, TrainingInterrupted, WorkerError
+from mmvmamba.errors import MMVMambaError, NonFiniteLossError, OutOfMemory, TrainingInterrupted, WorkerError
 
 #: What PyTorch's allocator for the CPU writes into its RuntimeError, which has no class of its own.
 _CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -34,6 +34,7 @@ def train(runner: Runner) -> None:
     Raises:
         OutOfMemory: If there was not enough memory.
         WorkerError: If a DataLoader worker died or gave no batch in time.
+        NonFiniteLossError: As ``NonFiniteHook`` says, with the newest checkpoint.
         KeyboardInterrupt: After Ctrl-C was pressed twice. All other exceptions are those of ``runner.train``.
     """
     guards = [hook for hook in runner.hooks if isinstance(hook, InterruptHook)]
@@ -47,6 +48,8 @@ def train(runner: Runner) -> None:
             raise OutOfMemory(_advice(runner, error)) from error
         if is_worker_failure(error):
             raise WorkerError(_worker_advice(runner, error)) from error
+        if isinstance(error, NonFiniteLossError):
+            raise NonFiniteLossError(f"{error}\n  {_saved(runner)}") from error
         raise
     finally:
         for guard in guards:

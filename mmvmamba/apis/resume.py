@@ -131,8 +131,8 @@ def _newest(folder: Path) -> tuple[Path, list[Note]]:
             "is wrong with each:" + "".join(f"\n  {old.name}: {why}" for old, why in passed_over)
         )
     raise CheckpointError(
-        f"--resume: found no checkpoint in {str(folder)!r}, expected one to go on from. Give its path, drop --resume to "
-        f"start from the beginning, or use --resume {AUTO_OR_START}."
+        f"--resume: found no checkpoint in {str(folder)!r}, expected one to go on from. Give its path, drop "
+        f"--resume to start from the beginning, or use --resume {AUTO_OR_START}."
     )
 
 

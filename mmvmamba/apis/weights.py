@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from mmvmamba.checkpoints.matching import Match, check
 from mmvmamba.models.pretrained import innermost, read_weights
 
 
-def check_weights(model: nn.Module, checkpoint: str) -> Match:
+def check_weights(model: nn.Module, checkpoint: str, weights: Mapping[str, Tensor] | None = None) -> Match:
     """Raise unless a checkpoint has exactly the entries of ``model``, in the same shapes.
 
     MMEngine loads what fits and logs the rest: a test would go on with random weights and print a score of 0. The
@@ -17,6 +19,7 @@ def check_weights(model: nn.Module, checkpoint: str) -> Match:
     Args:
         model: The built model; wrappers for distribution or test-time augmentation are looked through.
         checkpoint: A file or an https URL.
+        weights: What ``read_weights`` gave for it, if it was read before; else it is read now.
 
     Returns:
         What was found; nothing is loaded.
@@ -27,7 +30,7 @@ def check_weights(model: nn.Module, checkpoint: str) -> Match:
     """
     return check(
         innermost(model),
-        read_weights(checkpoint),
+        read_weights(checkpoint) if weights is None else weights,
         source=repr(checkpoint),
         advice="Give the config the checkpoint was trained with.",
     )

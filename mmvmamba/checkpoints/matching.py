@@ -121,9 +121,9 @@ def compare(
     }
     if any(problems.values()):
         raise CheckpointMismatch(
-            f"checkpoint {source} does not fit {what}: "
-            f"{', '.join(f'{len(found)} {kind} {found[:_NAMES_SHOWN]}' for kind, found in problems.items() if found)}."
-            f"{_kinds(own, stored)} {advice}"
+            f"checkpoint {source} does not fit {what}:{_kinds(own, stored)} "
+            f"{', '.join(f'{len(found)} {kind} {found[:_NAMES_SHOWN]}' for kind, found in problems.items() if found)}. "
+            f"{advice}"
         )
     if not taken:
         raise CheckpointMismatch(f"checkpoint {source}: nothing in it is for {what}, expected some weights. {advice}")
@@ -393,7 +393,7 @@ def _kinds(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
     found, wanted = recognise(stored), recognise(own)
     if found is None or wanted is None or str(found) == str(wanted):
         return ""
-    return f" The checkpoint is {found}, the model is {wanted}."
+    return f" the checkpoint is {found}, the model is {wanted};"
 
 
 def _nearest(entry: str, names: Iterable[str]) -> str:

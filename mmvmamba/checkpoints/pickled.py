@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _compat_pickle
 import pickletools
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -130,7 +131,8 @@ def _instructions(file: _Bounded, name: str) -> list[tuple[str, Any]]:
             foreign.append(f"PROTO {argument}")
         program.append((kind, argument))
     if "STACK_GLOBAL" in foreign:  # names put together from text on the stack
-        names += [str(text) for kind, text in program if kind in ("SHORT_BINUNICODE", "UNICODE")]
+        texts = [str(text) for kind, text in program if kind in ("SHORT_BINUNICODE", "UNICODE")]
+        names += [text for text in texts if re.fullmatch(r"[A-Za-z_][\w.]{0,80}", text, re.ASCII)]
     if names:
         shown = ", ".join(dict.fromkeys(names[:_NAMES_SHOWN]))
         raise UnsafeCheckpoint(

@@ -105,7 +105,7 @@ WRONG = {
     "NaN": (lambda s: {"state_dict": _with(s, _spoilt(float("nan")))}, rf"'{FIRST}' holds NaN"),
     "another variant": (
         lambda s: {k: torch.zeros_like(v) for k, v in Detector(arch=OTHER_ARCH).state_dict().items()},
-        r"The checkpoint is VMamba with depths \(2, 1\) and dims \(8, 16\) \(detector\), the model is VMamba with "
+        r"the checkpoint is VMamba with depths \(2, 1\) and dims \(8, 16\) \(detector\), the model is VMamba with "
         r"depths \(1, 1\) and dims \(8, 16\) \(detector\)\.",
     ),
     "averages only": (lambda s: {"ema_state_dict": _average(s)}, "'ema_state_dict'.*no tensors"),

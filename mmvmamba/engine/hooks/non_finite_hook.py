@@ -35,8 +35,8 @@ class NonFiniteHook(Hook):
     scale. That is an error only after ``max_scaler_skips`` steps in a row. A loss that is not finite is none of its
     business, since no scale has touched it yet.
 
-    The price is one norm over all gradients, a copy of the buffers and, on a GPU, waiting for it once per step;
-    ``docs/checkpoints.md`` has figures. With several optimizers (``OptimWrapperDict``) each step is checked when
+    The price is one norm over all gradients, a copy of the buffers and, on a GPU, waiting for it once per step.
+    With several optimizers (``OptimWrapperDict``) each step is checked when
     its turn comes, so an earlier optimizer of the same iteration may have made its step.
 
     Differences from ``mmdet.CheckInvalidLossHook``: that one looks every 50 iterations, after the step, at the total

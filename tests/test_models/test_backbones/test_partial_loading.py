@@ -49,7 +49,7 @@ WRONG = {
     "unexpected": (lambda s: {**s, "backbone.extra": torch.ones(1)}, r"1 unexpected \['extra'\]"),
     "another variant": (
         lambda _: _random(Detector(arch=dict(ARCH, depths=[2, 1]))),
-        r"The checkpoint is VMamba with depths \(2, 1\).*the model is VMamba with depths \(1, 1\)",
+        r"the checkpoint is VMamba with depths \(2, 1\).*the model is VMamba with depths \(1, 1\)",
     ),
 }  # fmt: skip
 
