@@ -53,6 +53,7 @@ def train_often(folder: Path) -> None:
     from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
     from mmengine.hooks import Hook
 
+    from mmvmamba.checkpoints import read_checkpoint
     from mmvmamba.engine import PreparesSave, RandomStateHook
     from mmvmamba.errors import SaveError
 
@@ -86,7 +87,7 @@ def train_often(folder: Path) -> None:
         runner.train()
     torch.distributed.barrier()
     answer["warnings"] = [call.args[0] for call in warning.mock_calls]
-    answer["stored"] = sorted(torch.load(folder / "stock/iter_2.pth", weights_only=False)["mmvmamba"])
+    answer["stored"] = sorted(read_checkpoint(folder / "stock/iter_2.pth")["mmvmamba"])
     runner = runner_of("resumed", length=3, load_from=str(folder / "stock/iter_2.pth"))
     runner.train()
     answer["iterations"] = runner.iter

@@ -1,4 +1,4 @@
-"""Files and names that a review found treated wrongly: honest ones refused, doubtful ones taken."""
+"""Odd but honest files that must load, and doubtful files and names that must not."""
 
 from __future__ import annotations
 
