@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -101,9 +102,9 @@ class ResumableLoop(BaseLoop):
             f"{self._position.batch} of pass {self._position.data_pass}"
         )
 
+    @abstractmethod
     def _derived_position(self) -> DataPosition:
         """Return where a training is that did ``_iter`` iterations without an interruption."""
-        raise NotImplementedError
 
     def _is_of_this_epoch(self, position: DataPosition) -> bool:  # noqa: ARG002 (the loop over epochs has an answer)
         return True

@@ -111,7 +111,10 @@ WRONG = {
     "averages only": (lambda s: {"ema_state_dict": _average(s)}, "'ema_state_dict'.*no tensors"),
     "optimizer only": (lambda s: {"optimizer": {"state": {}, "param_groups": []}}, "'optimizer'.*no tensors"),
     "old and new names": (lambda s: {**with_old_names(s, "backbone."), **s}, "mixes old and new names"),
-    "a classifier": (lambda s: {"model": _classifier(s)}, r"\(classifier\), the model is .* \(detector\);.*\. Weights of"),
+    "a classifier": (
+        lambda s: {"model": _classifier(s)},
+        r"\(classifier\), the model is .* \(detector\);.*\. Weights of",
+    ),
     "a backbone": (lambda s: {"model": _backbone_of(s)}, r"\(backbone\), the model is .* \(detector\);.*\. Weights of"),
     "another model": (lambda s: OTHER, r"2 unexpected \['conv1.weight', 'fc.bias'\]"),
 }
