@@ -26,6 +26,13 @@ class Colour(enum.IntEnum):
     RED = 1
 
 
+class Foreign:
+    """Something that no checkpoint may hold; its name is the same in every process (pytest-xdist compares them)."""
+
+    def __repr__(self) -> str:
+        return "Foreign()"
+
+
 def _with_notes() -> torch.Tensor:
     tensor = torch.ones(2)
     tensor.no_weight_decay = True
@@ -42,7 +49,7 @@ def _nested(depth: int) -> Any:
 LEAVES: list[Any] = [
     *(0, -1, True, None, 1 << 31, 1 << 63, 1 << 100, 1 << 3000, 0.5, float("nan"), 1j, "", "text", b"", b"bytes"),
     *(torch.float16, torch.qint8, torch.device("cuda", 1), torch.device("meta"), torch.Size([2, 3]), Path("a/b")),
-    *(np.float32(1), np.arange(3), np.array(["a"]), np.datetime64("2026-11-21"), Colour.RED, object(), range(3), abs),
+    *(np.float32(1), np.arange(3), np.array(["a"]), np.datetime64("2026-11-21"), Colour.RED, Foreign(), range(3), abs),
     *(_nested(20), _nested(61), {1, 2}, {1.5}, {(1, 2)}, frozenset({"a"}), {b"a"}, Counter("aab"), defaultdict(list)),
     *(torch.ones(2).expand(1000, 2), torch.eye(2).to_sparse(), torch.empty(2, device="meta"), torch.ones(4)[1:3]),
     *(torch.ones(2, dtype=torch.complex64).conj(), torch.nn.Parameter(torch.ones(2))),
