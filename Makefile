@@ -1,5 +1,7 @@
 # Thin on purpose: the set-up is scripts/bootstrap.py, everything else one command.
 PYTHON ?= python3
+# Processes that share the tests of `make test`, a file of tests each at a time.
+TEST_JOBS ?= 2
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -10,7 +12,7 @@ help:
 	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first);"
 	@echo "               needs, on Debian: apt-get install python3 python3-venv python3-dev g++ make"
 	@echo "make demo      train, test and draw a VMamba classifier, detector and segmentor (QUICK=1: a short run)"
-	@echo "make test      all tests that need no GPU"
+	@echo "make test      all tests that need no GPU, in two processes (TEST_JOBS=4: in four)"
 	@echo "make test-slow the tests that take too long for every change, such as 50 trainings that are killed and resumed"
 	@echo "make test-gpu  the tests that need a CUDA GPU"
 	@echo "make check-gpu-code   compile the CUDA and Triton kernels without a GPU and judge their machine code; needs nvcc"
@@ -32,7 +34,7 @@ demo: install
 	$(PY) tools/demo.py $(if $(filter 1,$(QUICK)),--quick)
 
 test: install
-	$(PY) -m pytest -q -m "not gpu and not soak" --durations=15 tests
+	$(PY) -m pytest -q -m "not gpu and not soak" --durations=15 -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder tests
 
 test-slow: install
 	$(PY) -m pytest -q -m soak --durations=15 tests
