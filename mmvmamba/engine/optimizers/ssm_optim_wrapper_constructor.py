@@ -74,7 +74,7 @@ class SSMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(
         self, params: list[Group], module: nn.Module, prefix: str = "", is_dcn_module: int | float | None = None
     ) -> None:
-        """Append the groups of all parameters of ``module``; MMEngine calls this for the model, then for what is inside.
+        """Append the groups of all parameters of ``module``; MMEngine calls it for the model, then for what is inside.
 
         Args:
             params: Groups so far, changed in place.
