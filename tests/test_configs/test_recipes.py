@@ -231,9 +231,9 @@ def test_pipelines_of_larger_crops_are_those_of_512_at_another_scale(side):
     assert {key for key in _differences(large, small) if key not in ("work_dir", "data_preprocessor.size")} == expected
     for name in ("train_pipeline", "test_pipeline"):
         for ours, theirs in zip(large[name], small[name], strict=True):
-            scaled = {
-                k: tuple(int(s * factor) for s in v) if k in ("scale", "crop_size") else v for k, v in theirs.items()
-            }
+            scaled = {key: value for key, value in theirs.items() if key != "_scope_"}
+            for key in {"scale", "crop_size"} & set(scaled):
+                scaled[key] = tuple(int(side * factor) for side in scaled[key])
             assert dict(ours) == scaled
 
 
