@@ -1,6 +1,6 @@
 """VMamba nano as a classifier of digit crops; its weights start the digits detector and segmentor."""
 
-_base_ = ["mmpretrain::_base_/default_runtime.py", "../../_base_/ssm_no_decay.py"]
+_base_ = ["mmpretrain::_base_/default_runtime.py"]
 
 data_root = "data/digits/"
 max_iters = 2000
@@ -45,12 +45,12 @@ val_evaluator = dict(type="Accuracy", topk=(1,))
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(
+    constructor="mmvmamba.SSMOptimWrapperConstructor",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys=_base_.ssm_no_decay,
     ),
 )
 param_scheduler = [

@@ -6,7 +6,6 @@ The backbone starts from the digits classifier (configs/cls/digits/vmamba-nano_d
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "mmdet::_base_/default_runtime.py",
-    "../../_base_/ssm_no_decay.py",
 ]
 
 data_root = "data/digits/"
@@ -103,12 +102,12 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type="OptimWrapper",
+    constructor="mmvmamba.SSMOptimWrapperConstructor",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10.0),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys=_base_.ssm_no_decay,
     ),
 )
 param_scheduler = [

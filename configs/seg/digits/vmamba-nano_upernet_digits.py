@@ -3,7 +3,7 @@
 The backbone starts from the digits classifier (configs/cls/digits/vmamba-nano_digits.py).
 """
 
-_base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime.py", "../../_base_/ssm_no_decay.py"]
+_base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime.py"]
 
 data_root = "data/digits/"
 max_iters = 2000
@@ -75,12 +75,12 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type="OptimWrapper",
+    constructor="mmvmamba.SSMOptimWrapperConstructor",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys=_base_.ssm_no_decay,
     ),
 )
 param_scheduler = [

@@ -1,0 +1,32 @@
+"""Cascade Mask R-CNN with VMamba-T [s1l8] and FPN, 36 epochs of many scales on COCO, 8 GPUs x 2 images.
+
+Model and data are those of mmdet's ConvNeXt config, whose box heads (4 convolutions, GIoU loss) are those of the Swin
+paper; the optimizer is that of the Swin recipe. Nobody has published a result of it.
+"""
+
+_base_ = "mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py"
+
+custom_imports = None  # the base needs mmpretrain for ConvNeXt
+
+# The official ImageNet weights (82.6 % top-1 as published), downloaded when a training starts.
+checkpoint = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="mmvmamba.VMamba",
+        arch="tiny-s1l8",
+        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
+    )
+)
+
+val_evaluator = dict(type="FasterCocoMetric")
+test_evaluator = dict(type="FasterCocoMetric", classwise=True)
+
+# bfloat16 in backbone and neck alone: mmdet's heads would round boxes and anchors to it, and mmcv's kernels refuse it.
+optim_wrapper = dict(
+    _delete_=True,
+    type="mmvmamba.Bfloat16OptimWrapper",
+    constructor="mmvmamba.SSMOptimWrapperConstructor",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
+)

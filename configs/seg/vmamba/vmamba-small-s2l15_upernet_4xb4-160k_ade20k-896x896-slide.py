@@ -1,0 +1,5 @@
+"""The same model tested in overlapping windows of 896x896, so that memory does not grow with the image."""
+
+_base_ = "./vmamba-small-s2l15_upernet_4xb4-160k_ade20k-896x896.py"
+
+model = dict(test_cfg=dict(mode="slide", crop_size=(896, 896), stride=(597, 597)))

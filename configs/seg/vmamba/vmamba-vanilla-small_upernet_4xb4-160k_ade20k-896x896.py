@@ -1,0 +1,7 @@
+"""UperNet with vanilla VMamba-S, 160k iterations on ADE20K at 896x896."""
+
+_base_ = "./vmamba-small-s2l15_upernet_4xb4-160k_ade20k-896x896.py"
+
+# The official ImageNet weights (83.5 % top-1 as published).
+checkpoint = "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"
+model = dict(backbone=dict(arch="vanilla-small", init_cfg=dict(checkpoint=checkpoint)))

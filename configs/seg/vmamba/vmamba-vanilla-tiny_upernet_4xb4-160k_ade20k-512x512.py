@@ -1,0 +1,7 @@
+"""UperNet with vanilla VMamba-T, 160k iterations on ADE20K at 512x512."""
+
+_base_ = "./vmamba-tiny-s1l8_upernet_4xb4-160k_ade20k-512x512.py"
+
+# The official ImageNet weights (82.2 % top-1 as published).
+checkpoint = "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"
+model = dict(backbone=dict(arch="vanilla-tiny", init_cfg=dict(checkpoint=checkpoint)))
