@@ -10,8 +10,8 @@ upsampling 4, a pooling 1; activations, sums and products per entry count nothin
 counts the same scans for PyTorch's counter, by another convention.
 
 A two-stage detector is counted with a fixed number of proposals: random weights would find another number each time.
-Its mask head sees 100 of them, as in mmdet's own count, the auxiliary head of a segmentor is for training and not counted,
-and RoIAlign and NMS are not counted.
+Its mask head sees 100 of them, as in mmdet's own count. Not counted are RoIAlign, NMS and the auxiliary head of a
+segmentor, which only a training uses.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _replace_what_needs_values(model: nn.Module, proposals: int) -> None:
 def _features_without_values(extractor: nn.Module) -> Callable[..., Tensor]:
     """Return what replaces the ``forward`` of mmdet's RoI extractors."""
     layers: Any = extractor.roi_layers
-    size, channels = layers[0].output_size, extractor.out_channels
+    channels: Any = extractor.out_channels
+    size = layers[0].output_size
 
     def forward(features: tuple[Tensor, ...], boxes: Tensor, _scale: float | None = None) -> Tensor:
         return features[0].new_empty(boxes.shape[0], channels, *size)
@@ -155,7 +156,7 @@ class _Counter(TorchDispatchMode):
                 module.register_forward_pre_hook(lambda _module, _inputs, name=name: self._parts.append(name))
                 module.register_forward_hook(lambda *_call: self._parts.pop() and None)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count it."""
         out = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func.overloadpacket)

@@ -1,7 +1,7 @@
-"""The models there are: name, task, config file, official weights and results, read from the metafiles beside the configs.
+"""The models there are: name, task, config file, official weights and results, as the metafiles of the configs say.
 
-``model-index.yml`` names the metafiles, ``configs/<task>/<family>/metafile.yml`` hold the models, in the form that ``mim``
-and MMEngine read. A checkout has them at its root; a wheel carries them in ``mmvmamba/.mim``, beside configs and tools.
+``model-index.yml`` names the metafiles, ``configs/<task>/<family>/metafile.yml`` hold the models, in the form that
+``mim`` and MMEngine read. A checkout has them at its root, a wheel in ``mmvmamba/.mim``.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def index_root() -> Path:
         if (place / INDEX_FILE).is_file():
             return (place / INDEX_FILE).resolve().parent
     raise ConfigError(
-        f"the list of models: found no {INDEX_FILE} in {' or '.join(map(repr, map(str, places)))}, expected that of the "
-        "wheel or of the checkout. Install mmvmamba again, from a wheel or with 'pip install -e .' in a checkout."
+        f"the list of models: found no {INDEX_FILE} in {' or '.join(repr(str(place)) for place in places)}, expected "
+        "that of the wheel or of the checkout. Install mmvmamba again, from a wheel or with 'pip install -e .' in a "
+        "checkout."
     )
 
 
@@ -183,8 +184,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"the list of models: {str(file)!r} cannot be read ({error.strerror}), expected a metafile. Install mmvmamba "
-            "again."
+            f"the list of models: {str(file)!r} cannot be read ({error.strerror}), expected a metafile. Install "
+            "mmvmamba again."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _malformed(file, f"it is no YAML ({' '.join(str(error).split())})") from error
