@@ -41,7 +41,6 @@ from typing import Any
 
 import setuptools
 from setuptools import Extension, setup
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 NAME = "mmvmamba._C"
@@ -56,9 +55,6 @@ OLDEST_CUDA_ARCH = 8.0  # tensor cores that read tf32, min.NaN
 CUDA_ARCH_NAMES = "Kepler|Maxwell|Pascal|Volta|Turing|Ampere|Ada|Hopper|Blackwell"
 NVCC_SECONDS = 60  # it answers in well under a second; the rest is for a slow network disk
 SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
-# What mim, MMEngine ("mmvmamba::" bases) and mmvmamba.apis.model_index look for in mmvmamba/.mim, and its files.
-MIM_PARTS = ("configs", "tools", "demo", "model-index.yml")
-MIM_SUFFIXES = (".py", ".yml", ".md", ".sh", ".png", ".jpg")
 
 
 class OptionError(ValueError):
@@ -461,52 +457,22 @@ def make_build_ext(options: Options, cuda: str | None) -> type:
     return BuildWithStamp
 
 
-def mim_files(root: Path) -> list[Path]:
-    """The files of ``MIM_PARTS``, relative to ``root``, sorted."""
-    found = [path for part in MIM_PARTS for path in ((root / part), *(root / part).rglob("*"))]
-    return sorted(path.relative_to(root) for path in found if path.is_file() and path.suffix in MIM_SUFFIXES)
-
-
-def copy_mim(root: Path, target: Path) -> None:
-    """Copy ``mim_files`` to a new folder ``target``."""
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier build, perhaps with files that are gone
-    for name in mim_files(root):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, target / name)
-        shutil.copymode(root / name, target / name)
-
-
-def link_mim(root: Path, target: Path) -> None:
-    """Make ``target`` a folder of links to ``MIM_PARTS``, for a checkout that is installed as it stands."""
-    target.mkdir(exist_ok=True)
-    for part in MIM_PARTS:
-        link = target / part
-        if link.is_symlink():
-            link.unlink()
-        if (root / part).exists() and not link.exists():
-            link.symlink_to(os.path.relpath(root / part, target))
-
-
-class BuildWithConfigs(build_py):
-    """A ``build_py`` that puts configs and tools into ``mmvmamba/.mim``."""
-
-    def run(self) -> None:
-        """Build the package, then add the folder."""
-        super().run()
-        if not self.editable_mode:
-            copy_mim(ROOT, Path(self.build_lib) / "mmvmamba" / ".mim")
-            return
-        try:
-            link_mim(ROOT, ROOT / "mmvmamba" / ".mim")
-        except OSError as error:  # Windows allows links to few; all but "mmvmamba::" bases works without them
-            print(f"mmvmamba: no links in mmvmamba/.mim ({error}); install a wheel to use mmvmamba:: bases")
-
-
 def setup_arguments(argv: list[str]) -> dict[str, Any]:
     """The arguments of `setuptools.setup` that pyproject.toml cannot hold."""
     arguments = extension_arguments(argv)
-    arguments.setdefault("cmdclass", {})["build_py"] = BuildWithConfigs
+    arguments.setdefault("cmdclass", {}).update(load_mim_commands())
     return arguments
+
+
+def load_mim_commands() -> dict[str, type]:
+    """The commands that put configs and tools into the package; a front end need not have this folder on its path."""
+    spec = importlib.util.spec_from_file_location("mmvmamba_mim_folder", ROOT / "scripts" / "mim_folder.py")
+    if spec is None or spec.loader is None:
+        raise SystemExit("mmvmamba: scripts/mim_folder.py is missing: build from a complete source tree")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    commands: dict[str, type] = module.COMMANDS
+    return commands
 
 
 def extension_arguments(argv: list[str]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class ModelCost:
         flops: Multiply-adds of one image, in the convention of this module.
         by_part: The same by part of the model, such as ``"backbone"`` or ``"roi_head.bbox_head"``.
         by_operator: The same by operator.
-        uncounted: Operators that are free in this convention, and how often they were called.
+        uncounted: Operators without a formula here, free in this convention, and how often they were called.
     """
 
     parameters: int
@@ -124,7 +124,7 @@ def _replace_what_needs_values(model: nn.Module, proposals: int) -> None:
         from mmengine.structures import InstanceData
 
         boxes = InstanceData(bboxes=torch.empty(proposals, 4, device="meta"))
-        model.rpn_head.predict_by_feat = lambda *_scores, **_options: [boxes]
+        model.rpn_head.predict_by_feat = lambda *_scores, **_options: [boxes]  # type: ignore[union-attr]
     for module in model.modules():
         if hasattr(module, "roi_layers"):
             module.forward = _features_without_values(module)
