@@ -10,8 +10,8 @@ upsampling 4, a pooling 1; activations, sums and products per entry count nothin
 counts the same scans for PyTorch's counter, by another convention.
 
 A two-stage detector is counted with a fixed number of proposals: random weights would find another number each time.
-Its mask head sees 100 of them, as in mmdet's own count. Not counted are RoIAlign, NMS and the auxiliary head of a
-segmentor, which only a training uses.
+Its mask heads see 100 of them, as in mmdet's own count of Mask R-CNN. Not counted are RoIAlign, NMS and the auxiliary
+head of a segmentor, which only a training uses.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from mmvmamba.ops.library import TWINS, twin
 
 PROPOSALS = 1000
 """Proposals of a two-stage detector, as its test settings have it."""
+MASKS = 100
+"""How many of them a mask head sees."""
 
 _NORM, _BATCH_NORM, _BILINEAR = 5, 2, 4
 
@@ -128,6 +130,19 @@ def _replace_what_needs_values(model: nn.Module, proposals: int) -> None:
     for module in model.modules():
         if hasattr(module, "roi_layers"):
             module.forward = _features_without_values(module)
+        if hasattr(module, "_mask_forward") and hasattr(module, "num_stages"):
+            module._mask_forward = _fewer_masks(module._mask_forward)  # type: ignore[assignment]  # not a submodule
+
+
+def _fewer_masks(mask_forward: Any) -> Callable[..., Any]:
+    """Let the mask heads of a cascade see ``MASKS`` boxes, as mmdet's ``forward`` for counts does for Mask R-CNN only."""
+
+    def forward(stage: int, features: tuple[Tensor, ...], boxes: Tensor) -> Any:
+        results = mask_forward(stage, features, boxes[:MASKS])
+        masks = results["mask_preds"]
+        return dict(results, mask_preds=masks.new_empty(boxes.shape[0], *masks.shape[1:]))
+
+    return forward
 
 
 def _features_without_values(extractor: nn.Module) -> Callable[..., Tensor]:
