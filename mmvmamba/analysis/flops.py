@@ -135,7 +135,7 @@ def _replace_what_needs_values(model: nn.Module, proposals: int) -> None:
 
 
 def _fewer_masks(mask_forward: Any) -> Callable[..., Any]:
-    """Let the mask heads of a cascade see ``MASKS`` boxes, as mmdet's ``forward`` for counts does for Mask R-CNN only."""
+    """Let the mask heads of a cascade see ``MASKS`` boxes; mmdet's own ``forward`` does so in Mask R-CNN only."""
 
     def forward(stage: int, features: tuple[Tensor, ...], boxes: Tensor) -> Any:
         results = mask_forward(stage, features, boxes[:MASKS])
