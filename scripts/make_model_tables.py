@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))  # the package of this checkout, whether or not on
 from mmvmamba.apis.model_index import ModelEntry, ModelResult, list_models  # noqa: E402
 from mmvmamba.errors import ConfigError, MMVMambaError  # noqa: E402
 
-README = ROOT / "configs" / "README.md"
+CONFIGS = ROOT / "configs"
+README = CONFIGS / "README.md"
 BEGIN, END = (
     "<!-- written by scripts/make_model_tables.py: begin -->",
     "<!-- written by scripts/make_model_tables.py: end -->",
@@ -70,7 +71,6 @@ def _grouped(entry: ModelEntry) -> list[list[ModelResult]]:
 
 
 def _cells(entry: ModelEntry, results: list[ModelResult], task: str, with_size: bool) -> list[str]:
-    file = entry.config.relative_to(README.parent) if entry.config.is_relative_to(README.parent) else entry.config
     values = {name: value for result in results for name, value in result.metrics.items()}
     who = WHO[results[0].source] if results else "-"
     files = {"official": entry.weights, "converted": entry.converted_weights}
@@ -78,7 +78,7 @@ def _cells(entry: ModelEntry, results: list[ModelResult], task: str, with_size: 
         who += f", {results[0].setting}"
         files = {}  # those of the metafile belong to the config as it stands
     return [
-        f"[{entry.name}]({file.as_posix()})",
+        f"[{entry.name}]({entry.config.relative_to(CONFIGS).as_posix()})",
         _count(entry, "Parameters", "M", 1e6),
         _count(entry, "FLOPs", "G", 1e9) + (f" at {entry.metadata['Input Size']}" if with_size else ""),
         *(str(values.get(name, "-")) for name in METRICS[task]),
@@ -126,7 +126,7 @@ def main() -> None:
         return
     if args.check:
         sys.exit(
-            f"error: the tables of {README} are not those of the metafiles: run python scripts/make_model_tables.py"
+            f"error: {README}: the tables are not those of the metafiles. Run python scripts/make_model_tables.py."
         )
     README.write_text(renewed, encoding="utf-8")
 

@@ -122,7 +122,7 @@ class Mixed(nn.Module):
         self.linear = nn.Linear(4, 5)
         self.norm = nn.LayerNorm(5)
         self.batch_norm = nn.BatchNorm2d(8)
-        self.scan = SS2D(8, d_state=3, ssm_ratio=1.0, dt_rank=2)
+        self.scan = SS2D(8, d_state=3, ssm_ratio=1.0, dt_rank=2, gated=False)
 
     def forward(self, x: torch.Tensor, _samples: None, mode: str) -> torch.Tensor:
         x = self.batch_norm(self.grouped(self.conv(x)))
