@@ -37,9 +37,9 @@ MOST_ROUNDS = 20
 BOXES, CLASSES = 16, 80
 
 _CONFIGS = {
-    ("mask-rcnn", "vmamba"): str(ROOT / "configs/det/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py"),
+    ("mask-rcnn", "vmamba"): str(ROOT / "configs/det/vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py"),
     ("mask-rcnn", "swin"): "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
-    ("upernet", "vmamba"): str(ROOT / "configs/seg/vmamba/vmamba-tiny_upernet_4xb4-160k_ade20k-512x512.py"),
+    ("upernet", "vmamba"): str(ROOT / "configs/seg/vmamba/vmamba-tiny-s1l8_upernet_4xb4-160k_ade20k-512x512.py"),
     ("upernet", "swin"): "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
 }
 _NANO: dict[str, dict[str, Any]] = {

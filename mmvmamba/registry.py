@@ -10,6 +10,7 @@ nothing that a file holds (``mmvmamba.checkpoints.mmengine_loader``).
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
@@ -28,4 +29,11 @@ OPTIM_WRAPPERS = Registry(
     "optim_wrapper", parent=MMENGINE_OPTIM_WRAPPERS, scope="mmvmamba", locations=["mmvmamba.engine"]
 )
 
-__all__ = ["HOOKS", "LOOPS", "MODELS", "OPTIM_WRAPPERS"]
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    "optimizer wrapper constructor",
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope="mmvmamba",
+    locations=["mmvmamba.engine"],
+)
+
+__all__ = ["HOOKS", "LOOPS", "MODELS", "OPTIM_WRAPPERS", "OPTIM_WRAPPER_CONSTRUCTORS"]

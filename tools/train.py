@@ -29,7 +29,11 @@ def parse_args() -> argparse.Namespace:
         help="go on from this checkpoint, or without a value from the newest complete one in the work dir; "
         "'auto-or-start' starts from the beginning if there is none",
     )
-    parser.add_argument("--amp", action="store_true", help="train in mixed precision")
+    parser.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="train in mixed precision, or with --no-amp in float32 (default: as the config says)",
+    )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     add_shared_arguments(parser)
     return parser.parse_args()

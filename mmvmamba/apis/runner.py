@@ -11,14 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config import utils as config_utils
-from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmvmamba.apis.guards import guard_loading, guard_training
+from mmvmamba.apis.precision import choose_precision
 from mmvmamba.apis.resume import Note, choose_start
 from mmvmamba.checkpoints.mmengine_loader import located
 from mmvmamba.errors import CheckpointError, ConfigError
@@ -96,25 +95,25 @@ def make_mmseg_bases_resolvable() -> None:
 
 
 def prepare_training(
-    cfg: Config, *, amp: bool = False, auto_scale_lr: bool = False, resume: str | None = None
+    cfg: Config, *, amp: bool | None = None, auto_scale_lr: bool = False, resume: str | None = None
 ) -> list[Note]:
     """Apply the flags of training to ``cfg`` in place, and return lines for the log.
 
     Args:
         cfg: From ``load_config``.
-        amp: Train in mixed precision: on an accelerator with MMEngine's wrapper (float16, dynamic loss scale, unless
-            the config has its own settings), on a CPU with backbone and neck in bfloat16.
+        amp: True for mixed precision: on an accelerator with MMEngine's wrapper (float16, dynamic loss scale, unless
+            the config has its own settings), on a CPU with backbone and neck in bfloat16. False for float32. None as
+            the config says, except on a CPU, which takes the mixed precision it has or float32.
         auto_scale_lr: Scale the learning rate with the real batch size.
         resume: A checkpoint file, ``"auto"`` for the newest complete one in the work dir, ``"auto-or-start"`` for the
             same unless there is none, or None for a training from the beginning.
 
     Raises:
-        ConfigError: If mixed precision is asked for on a CPU that does not multiply bfloat16 or with an unusual
-            optimizer wrapper, the config names no base batch size, or it has another seed than the checkpoint.
+        ConfigError: If mixed precision is asked for on a CPU that does not multiply bfloat16, or it or float32 with an
+            unusual optimizer wrapper, the config names no base batch size, or it has another seed than the checkpoint.
         CheckpointError: If there is nothing to resume from, or the work dir holds checkpoints of another training.
     """
-    if amp:
-        _set_amp(cfg)
+    notes = choose_precision(cfg, amp)
     if auto_scale_lr:
         if cfg.get("auto_scale_lr", {}).get("base_batch_size") is None:
             raise ConfigError(
@@ -122,35 +121,7 @@ def prepare_training(
                 "learning rate is meant for. Add auto_scale_lr=dict(base_batch_size=...)."
             )
         cfg.auto_scale_lr.enable = True
-    return [*choose_start(cfg, resume), *map(Note, guard_training(cfg))]
-
-
-def _set_amp(cfg: Config) -> None:
-    kind = cfg.optim_wrapper.get("type", "OptimWrapper")
-    name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
-    if name not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise ConfigError(
-            f"--amp: optim_wrapper.type is {name!r}, expected 'OptimWrapper' or 'AmpOptimWrapper'. Set mixed precision "
-            "in the config itself, or drop --amp."
-        )
-    if get_device() == "cpu":
-        if not _cpu_multiplies_bfloat16():
-            raise ConfigError(
-                "--amp: this CPU has no bfloat16 instructions, expected them or an accelerator: emulated, bfloat16 is "
-                "slower than float32. Drop --amp."
-            )
-        cfg.optim_wrapper.type = "mmvmamba.Bfloat16OptimWrapper"
-        for setting in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper
-            cfg.optim_wrapper.pop(setting, None)
-        return
-    if name == "OptimWrapper":
-        cfg.optim_wrapper.type = "AmpOptimWrapper"
-    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    # Other builds of PyTorch may lack the operator, and then the fast products, too.
-    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [*notes, *choose_start(cfg, resume), *map(Note, guard_training(cfg))]
 
 
 def prepare_testing(

@@ -11,7 +11,7 @@ from mmvmamba.engine.hooks import (
     RandomStateHook,
 )
 from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from mmvmamba.engine.optimizers import Bfloat16OptimWrapper
+from mmvmamba.engine.optimizers import Bfloat16OptimWrapper, SSMOptimWrapperConstructor
 
 __all__ = [
     "Bfloat16OptimWrapper",
@@ -25,4 +25,5 @@ __all__ = [
     "PreparesSave",
     "PretrainedCheckHook",
     "RandomStateHook",
+    "SSMOptimWrapperConstructor",
 ]

@@ -1,4 +1,4 @@
-"""Mixed precision on a CPU: what runs in bfloat16, what stays float32, and that nothing is left behind."""
+"""Mixed precision of backbone and neck: what runs in bfloat16, what stays float32, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -70,6 +70,29 @@ def test_an_error_in_the_backbone_turns_autocast_off() -> None:
     with pytest.raises(RuntimeError), wrapper_for(model).optim_context(model):
         model(torch.randn(2, 8))
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_is_of_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model().to("meta")
+    entered = []
+    real = torch.autocast
+    monkeypatch.setattr("torch.autocast", lambda *args: entered.append(args) or real("cpu", torch.bfloat16))
+    with wrapper_for(model).optim_context(model):
+        model(torch.empty(4, 8, device="meta"))
+    assert entered == [("meta", torch.bfloat16)] * 2
+
+
+def test_a_detection_head_under_autocast_would_round_its_anchors() -> None:
+    """Why heads stay out: mmdet gives anchors and boxes the type of the scores and features."""
+    pytest.importorskip("mmdet")
+    from mmdet.models.task_modules.prior_generators import AnchorGenerator
+
+    generator = AnchorGenerator(strides=[4], ratios=[1.0], scales=[8])
+    exact, rounded = (
+        generator.grid_priors([(1, 334)], dtype=dtype, device="cpu")[0] for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (exact - rounded.float()).abs().max() >= 4.0  # pixels of an image that is 1333 wide
+    assert len(rounded.unique(dim=0)) < len(exact.unique(dim=0))
 
 
 def test_configs_find_it() -> None:

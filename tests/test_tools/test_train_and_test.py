@@ -15,9 +15,9 @@ from mmvmamba.apis import check_data, check_weights, load_config, prepare_testin
 from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
-DET = str(ROOT / "configs/det/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py")
-SEG = str(ROOT / "configs/seg/vmamba/vmamba-tiny_upernet_4xb4-160k_ade20k-512x512.py")
-CLS = str(ROOT / "configs/cls/vmamba/vmamba-tiny_8xb128_in1k.py")
+DET = str(ROOT / "configs/det/vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py")
+SEG = str(ROOT / "configs/seg/vmamba/vmamba-tiny-s1l8_upernet_4xb4-160k_ade20k-512x512.py")
+CLS = str(ROOT / "configs/cls/vmamba/vmamba-tiny-s1l8_8xb128_in1k.py")
 
 
 def _run(tool, *arguments):
@@ -98,7 +98,7 @@ def test_config_without_scope_is_refused(tmp_path):
 
 def test_work_dir_and_options():
     pytest.importorskip("mmdet")
-    assert Path(load_config(DET).work_dir) == Path("work_dirs/mask-rcnn_vmamba-tiny_fpn_1x_coco")
+    assert Path(load_config(DET).work_dir) == Path("work_dirs/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco")
     cfg = load_config(DET, work_dir="elsewhere", cfg_options={"model.backbone.arch": "nano"}, launcher="pytorch")
     assert (cfg.work_dir, cfg.model.backbone.arch, cfg.launcher) == ("elsewhere", "nano", "pytorch")
 
@@ -149,42 +149,6 @@ def test_training_flags(path, tmp_path):
     cfg.pop("auto_scale_lr")
     with pytest.raises(ConfigError, match="auto_scale_lr"):
         prepare_training(cfg, auto_scale_lr=True)
-
-
-def test_mixed_precision_on_an_accelerator(monkeypatch):
-    pytest.importorskip("mmdet")
-    cfg = load_config(DET)
-    monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cuda")
-    prepare_training(cfg, amp=True)
-    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
-
-
-@pytest.mark.parametrize("supported", [True, False])
-def test_mixed_precision_on_a_cpu(monkeypatch, supported):
-    pytest.importorskip("mmdet")
-    cfg = load_config(DET, cfg_options={"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.loss_scale": 64.0})
-    monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cpu")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    if not supported:
-        with pytest.raises(ConfigError, match="--amp: this CPU has no bfloat16 instructions"):
-            prepare_training(cfg, amp=True)
-        return
-    prepare_training(cfg, amp=True)
-    assert cfg.optim_wrapper.type == "mmvmamba.Bfloat16OptimWrapper"
-    assert "loss_scale" not in cfg.optim_wrapper
-
-
-def test_mixed_precision_keeps_the_settings_of_the_config(monkeypatch):
-    pytest.importorskip("mmdet")
-    monkeypatch.setattr("mmvmamba.apis.runner.get_device", lambda: "cuda")
-    cfg = load_config(DET, cfg_options={"optim_wrapper.type": "mmengine.AmpOptimWrapper"})
-    cfg.optim_wrapper.update(dtype="bfloat16", loss_scale=64.0)
-    prepare_training(cfg, amp=True)
-    assert (cfg.optim_wrapper.type, cfg.optim_wrapper.loss_scale) == ("mmengine.AmpOptimWrapper", 64.0)
-    assert cfg.optim_wrapper.dtype == "bfloat16"
-    cfg = load_config(DET, cfg_options={"optim_wrapper.type": "ApexOptimWrapper"})
-    with pytest.raises(ConfigError, match="--amp: optim_wrapper.type is 'ApexOptimWrapper', expected 'OptimWrapper'"):
-        prepare_training(cfg, amp=True)
 
 
 def test_testing_flags_of_a_segmentor(weights, tmp_path):

@@ -17,13 +17,14 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from mmvmamba.checkpoints.matching import Match, check, check_before_loading, is_twin, load, plain_names
 from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError, nearest_spelling
 from mmvmamba.models.pretrained import cut, parts, read_weights, split_init_cfg
 
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
 _OUT_NORM = re.compile(r"outnorm\d+\.")
 #: What MMPretrain's ImageClassifier consists of; its neck is a pooling without weights.
 _PARTS_OF_A_CLASSIFIER = {"backbone", "head"}
@@ -199,6 +200,24 @@ class BaseBackbone(BaseModule):
         if parts[2] == "blocks":
             return sum(self.depths[:stage]) + int(parts[3]) + 1, num_depths
         return sum(self.depths[: stage + 1]), num_depths
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that are trained without weight decay.
+
+        Those of every norm, whatever it is called, and what the modules inside name themselves by a method like this.
+        ``SSMOptimWrapperConstructor`` asks for them.
+        """
+        names: set[str] = set()
+        for prefix, module in self.named_modules():
+            if module is self:
+                continue
+            if isinstance(module, _NORMS):
+                own = {name for name, _ in module.named_parameters(recurse=False)}
+            else:
+                ask = getattr(module, "no_weight_decay", None)
+                own = ask() if callable(ask) else set()
+            names |= {f"{prefix}.{name}" for name in own}
+        return names
 
     def init_weights(self) -> None:
         """Load every Pretrained entry of ``init_cfg`` strictly; all others are MMEngine's business and come first.

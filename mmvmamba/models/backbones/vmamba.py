@@ -326,6 +326,10 @@ class VMamba(BaseBackbone):
             x = layer.downsample(x)
         return tuple(outs)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that are trained without weight decay, the position embedding included."""
+        return super().no_weight_decay() | (set() if self.pos_embed is None else {"pos_embed"})
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "pos_embed"
         stored = state_dict.get(key)

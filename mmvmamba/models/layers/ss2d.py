@@ -106,6 +106,10 @@ class SS2D(nn.Module):
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
         init_ssm_(ssm_init, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters of its own that a recipe must not pull towards zero: A, D and the bias of the step."""
+        return {"A_logs", "Ds", "dt_projs_bias"}
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
         return self.project(*self.mix(x))
