@@ -87,16 +87,18 @@ def test_configs_tools_and_metafiles_reach_the_wheel(archives, root):
 
 
 _LISTING = """
-import json
+import json, pathlib
+from mmvmamba.apis import load_config
 from mmvmamba.apis.model_index import index_root, list_models
+pathlib.Path("own.py").write_text("_base_ = 'mmvmamba::det/vmamba/retinanet_vmamba-tiny-s1l8_fpn_1x_coco.py'")
 models = [[entry.name, str(entry.config), entry.config.is_file()] for entry in list_models()]
-print(json.dumps([str(index_root()), models]))
+print(json.dumps([str(index_root()), models, load_config("own.py").model.backbone.arch]))
 """
 
 
 def test_an_unpacked_wheel_lists_its_models(output, tmp_path, root):
     """In a fresh process outside the checkout; every config is there and inherits what it inherits in the checkout."""
-    pytest.importorskip("mmengine")
+    pytest.importorskip("mmdet")
     shutil.unpack_archive(next(output.glob("*.whl")), tmp_path, "zip")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _LISTING],
@@ -106,8 +108,9 @@ def test_an_unpacked_wheel_lists_its_models(output, tmp_path, root):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    place, models = json.loads(done.stdout.splitlines()[-1])
+    place, models, arch = json.loads(done.stdout.splitlines()[-1])
     assert place == str(tmp_path / "mmvmamba" / ".mim")
+    assert arch == "tiny-s1l8"  # of a config that inherits one of the wheel
     assert len(models) == len(list((root / "configs").glob("*/vmamba/*.py"))) and all(there for *_, there in models)
     for _, config, _ in models:
         for base in re.findall(r'"(\.\./[^"]+\.py)"', Path(config).read_text()):
