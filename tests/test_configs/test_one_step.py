@@ -71,7 +71,7 @@ def _probes(trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _test(runner: Runner, task: str) -> None:
     metrics = runner.test()
-    # Those of single classes are NaN where the digits have none of the class. Without predictions COCO gives none at all.
+    # Scores of classes that the digits lack are NaN. Without any prediction COCO gives no score at all.
     assert math.isfinite(metrics[SCORES[task]]), metrics
     assert len(runner.test_dataloader.dataset) == IMAGES
 
