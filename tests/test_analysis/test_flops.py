@@ -58,6 +58,14 @@ def test_parameters_are_the_published_ones_and_flops_within_two_percent(entry):
         assert counted == pytest.approx(told, rel=0.02)
 
 
+def test_parameters_are_those_that_upstream_s_counter_printed():
+    told = published()["parameters"]
+    for arch, printed in told["seg"].items():
+        assert find_model(f"vmamba-{arch}_upernet_4xb4-160k_ade20k-512x512").metadata["Parameters"] == printed
+    for arch, printed in told["det (thousands)"].items():
+        assert round(find_model(f"mask-rcnn_vmamba-{arch}_fpn_1x_coco").metadata["Parameters"] / 1e3) == printed
+
+
 @pytest.mark.parametrize("part", ["det", "seg", "seg 640x640"])
 def test_flops_are_those_that_upstream_s_counter_printed(part):
     """To four digits, which no rounding of a table hides; also for the one whose published number is another."""
