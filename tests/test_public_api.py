@@ -29,7 +29,7 @@ THIRD_PARTY = {
     "engine": {"torch", "mmengine", "numpy"},
     "converters": {"torch"},
     "datasets": {"numpy", "cv2"},
-    "analysis": {"numpy", "cv2", "mmengine"},
+    "analysis": {"torch", "numpy", "cv2", "mmengine"},
     "apis": {"torch", "mmengine"},
 }
 

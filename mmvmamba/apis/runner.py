@@ -83,11 +83,13 @@ def load_config(
 
 
 def make_mmseg_bases_resolvable() -> None:
-    """Let ``_base_ = 'mmseg::...'`` be found where the distribution is not called mmsegmentation.
+    """Let ``_base_ = 'mmseg::...'`` be found where the distribution is not called mmsegmentation; ours too.
 
     MMEngine translates the module name mmseg to the distribution name mmsegmentation before it looks for the
-    config files. The onedl fork is distributed under another name, and MMEngine would then start pip.
+    config files. The onedl fork is distributed under another name, and MMEngine would then start pip. Of packages that
+    it does not list, such as this one, it refuses the config files, though a wheel has them in ``.mim``.
     """
+    config_utils.MODULE2PACKAGE.setdefault("mmvmamba", "mmvmamba")
     try:
         metadata.distribution("mmsegmentation")
     except metadata.PackageNotFoundError:

@@ -254,12 +254,14 @@ def operator_suffix(chosen: Choice, device: torch.device) -> str:
     return "_triton" if chosen.name == "triton" else ""
 
 
-def runs_reference(chosen: Choice) -> bool:
+def runs_reference(chosen: Choice, device: torch.device) -> bool:
     """Return whether a call is the reference, step by step, and not an operator of the dispatcher.
 
-    A trace of the automatic choice records the operator (one node, whose kernel is plain PyTorch), not a time loop.
+    A trace of the automatic choice records the operator (one node, whose kernel is plain PyTorch), not a time loop, and
+    on the meta device, where only shapes are wanted, the operator answers at once.
     """
-    return chosen.name == "reference" and (chosen.pinned or not torch.compiler.is_compiling())
+    only_shapes = torch.compiler.is_compiling() or device.type == "meta"
+    return chosen.name == "reference" and (chosen.pinned or not only_shapes)
 
 
 def warn_of_portable_kernels() -> None:

@@ -31,5 +31,10 @@ def setup_py() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def mim_folder() -> ModuleType:
+    return _load("mmvmamba_mim_folder", ROOT / "scripts" / "mim_folder.py")
+
+
+@pytest.fixture(scope="session")
 def bootstrap() -> ModuleType:
     return _load("mmvmamba_bootstrap", ROOT / "scripts" / "bootstrap.py")

@@ -74,7 +74,7 @@ def scan2d(
     tangents = checks.carry_tangents(tensors)
     if tangents and chosen.pinned and chosen.name != "reference":
         checks.refuse_forward_mode(_OP, chosen.name)
-    if tangents or runs_reference(chosen):
+    if tangents or runs_reference(chosen, x.device):
         pixels = routes_as_permutation(x, codes, permutation)
         return scan2d_reference(*tensors, pixels, delta_softplus).to(out_dtype)
     save_carries = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

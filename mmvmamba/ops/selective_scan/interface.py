@@ -91,7 +91,7 @@ def selective_scan(
     tangents = checks.carry_tangents(tensors)
     if tangents and chosen.pinned and chosen.name != "reference":
         checks.refuse_forward_mode(_OP, chosen.name)
-    if tangents or runs_reference(chosen):
+    if tangents or runs_reference(chosen, u.device):
         out, last_state = selective_scan_reference(*tensors, delta_softplus)
         out = out.to(scan_dtype)
     else:
