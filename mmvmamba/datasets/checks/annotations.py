@@ -9,7 +9,7 @@ from typing import Any
 
 from mmvmamba.datasets.checks.kinds import KINDS, Part
 from mmvmamba.datasets.checks.report import Report, short
-from mmvmamba.datasets.checks.shapes import ROUNDING, Problem, check_segmentation, is_number, is_sensible
+from mmvmamba.datasets.checks.shapes import LIMIT, ROUNDING, Problem, check_segmentation, is_number, is_sensible
 
 #: From this share of the boxes on, boxes that reach out of their image are taken for two corners.
 _CORNERS_SHARE, _CORNERS_LEAST = 0.2, 5
@@ -68,7 +68,8 @@ class AnnotationCheck:
                 if KINDS[kind].part is Part.ANNOTATION:
                     self.bad.add(index)
         if self._outside > _CORNERS_LEAST and self._corners > _CORNERS_SHARE * len(annotations):
-            text = f"{self._outside} of {len(annotations)} boxes reach out of their image, {self._corners} would fit as corners"
+            outside = f"{self._outside} of {len(annotations)} boxes reach out of their image"
+            text = f"{outside}, {self._corners} would fit as corners"
             self.report.add("box-corners", self.file, "annotations", text)
 
     def _place(self, index: int, annotation: Any) -> str:
@@ -154,10 +155,10 @@ class AnnotationCheck:
 
 
 def _check_area(annotation: dict[str, Any]) -> Iterator[Problem]:
-    area = annotation.get("area")
+    area: Any = annotation.get("area")
     if not is_number(area):
         yield "annotation-entry", f"area is {short(area)}, expected a number"
-    elif not is_sensible(area) or area < 0:
+    elif not 0 <= area < LIMIT:
         yield "area-invalid", f"area is {short(area)}, expected the pixels of the mask"
     elif area == 0:
         yield "area-zero", "area is 0, expected the pixels of the mask"

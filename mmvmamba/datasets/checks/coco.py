@@ -195,7 +195,9 @@ def _check_name(name: Any, names: dict[str, int], place: str, path: Path, report
         report.add("image-entry", path, place, f"file_name is {short(name)}, expected a text")
         return
     if leaves_folder(name):
-        report.add("image-path", path, place, f"file_name is {short(name)}, expected a file within the folder of images")
+        report.add(
+            "image-path", path, place, f"file_name is {short(name)}, expected a file within the folder of images"
+        )
     elif name in names:
         report.add("image-named-twice", path, place, f"file_name is {short(name)}, as in images[{names[name]}]")
     names.setdefault(name, int(place.split("]")[0].split("[")[1]))

@@ -60,9 +60,13 @@ _FILE = {
         Part.NOTHING, "an object has one name twice; readers keep the last and lose the rest", "Merge the two."
     ),
     "json-structure": _error(
-        Part.NOTHING, "a part that COCO's format asks for is missing or of another type", "Write it as docs/data.md says."
+        Part.NOTHING,
+        "a part that COCO's format asks for is missing or of another type",
+        "Write it as docs/data.md says.",
     ),
-    "folder-empty": _error(Part.NOTHING, "no picture is in the folder", "Correct the folder or the suffix of the config."),
+    "folder-empty": _error(
+        Part.NOTHING, "no picture is in the folder", "Correct the folder or the suffix of the config."
+    ),
     "folder-other-files": _warning(
         "pictures with another suffix than the config's are in the folder; they are not used",
         "Rename or move them, or correct the suffix of the config.",
@@ -74,16 +78,22 @@ _CATEGORIES = {
         Part.NOTHING, "a category has no whole number as id or no text as name", "Write id and name of each category."
     ),
     "category-repeated": _error(
-        Part.NOTHING, "two categories have one id or one name; their labels cannot be told apart", "Merge or rename them."
+        Part.NOTHING,
+        "two categories have one id or one name; their labels cannot be told apart",
+        "Merge or rename them.",
     ),
-    "category-unused": _warning("a class of the config has no annotation", "Check the name; such a class is not learnt."),
+    "category-unused": _warning(
+        "a class of the config has no annotation", "Check the name; such a class is not learnt."
+    ),
     "classes-not-a-list": _error(
         Part.NOTHING,
         "classes in the config is a single text, which is taken letter by letter or as a file name",
         "Write a comma: classes=('name',).",
     ),
     "classes-entry": _error(
-        Part.NOTHING, "classes in the config is empty, or has a name twice or something that is no text", "Correct the list."
+        Part.NOTHING,
+        "classes in the config is empty, or has a name twice or something that is no text",
+        "Correct the list.",
     ),
     "classes-not-in-file": _error(
         Part.NOTHING,
@@ -103,17 +113,23 @@ _CATEGORIES = {
         Part.NOTHING, "training and validation do not have the same classes in the same order", "Use one list for all."
     ),
     "num-classes": _error(
-        Part.NOTHING, "a head of the model has another number of classes than the data set", "Set num_classes of the head."
+        Part.NOTHING,
+        "a head of the model has another number of classes than the data set",
+        "Set num_classes of the head.",
     ),
 }
 
 _IMAGES = {
     "image-entry": _error(
-        Part.IMAGE, "an entry of images lacks id, file_name, height or width, or has another type", "Complete the entry."
+        Part.IMAGE,
+        "an entry of images lacks id, file_name, height or width, or has another type",
+        "Complete the entry.",
     ),
     "image-id-repeated": _error(Part.IMAGE, "two images have one id", "Give each image its own id."),
     "image-path": _error(
-        Part.IMAGE, "a file name is absolute, leaves the folder, or holds a zero byte", "Name the file within its folder."
+        Part.IMAGE,
+        "a file name is absolute, leaves the folder, or holds a zero byte",
+        "Name the file within its folder.",
     ),
     "image-named-twice": _warning("two images have one file name", "Remove one of the two if it is a mistake."),
     "image-missing": _error(Part.IMAGE, "the file of an image is not there, or may not be read", "Get or remove it."),
@@ -124,15 +140,21 @@ _IMAGES = {
         Part.IMAGE, "a picture has more pixels than the limit; it was not decoded", "Cut it, or raise --max-pixels."
     ),
     "image-size": _error(
-        Part.IMAGE, "a picture has another size than its entry says, as MMDetection sees it", "Correct height and width."
+        Part.IMAGE,
+        "a picture has another size than its entry says, as MMDetection sees it",
+        "Correct height and width.",
     ),
     "image-turned": _warning(
         "a picture says in its EXIF data that it is to be turned, and OpenCV does so",
         "See that the annotations are for the turned picture; better store it turned.",
     ),
     "image-cmyk": _warning("a picture has printing colours (CMYK); its colours may be wrong", "Convert it to RGB."),
-    "image-16-bit": _warning("a picture has more than 8 bits per channel; the lower ones are lost", "Convert it to 8 bits."),
-    "image-animated": _warning("a picture has several frames; only the first is used", "Store the frame that is meant."),
+    "image-16-bit": _warning(
+        "a picture has more than 8 bits per channel; the lower ones are lost", "Convert it to 8 bits."
+    ),
+    "image-animated": _warning(
+        "a picture has several frames; only the first is used", "Store the frame that is meant."
+    ),
 }
 
 _ANNOTATIONS = {
@@ -147,7 +169,9 @@ _ANNOTATIONS = {
     "annotation-id-zero": _warning(
         "an annotation has the id 0, which the COCO evaluation counts as not found", "Number from 1."
     ),
-    "annotation-no-image": _error(Part.ANNOTATION, "image_id is no image of the file", "Correct or remove the annotation."),
+    "annotation-no-image": _error(
+        Part.ANNOTATION, "image_id is no image of the file", "Correct or remove the annotation."
+    ),
     "annotation-no-category": _error(
         Part.ANNOTATION, "category_id is no category of the file", "Correct or remove the annotation."
     ),
@@ -165,7 +189,9 @@ _ANNOTATIONS = {
         "many boxes reach out of their image, but would fit if they were two corners [x1, y1, x2, y2]",
         "Write [x, y, width, height].",
     ),
-    "area-invalid": _error(Part.ANNOTATION, "area is negative, NaN or infinite", "Write the area of the mask in pixels."),
+    "area-invalid": _error(
+        Part.ANNOTATION, "area is negative, NaN or infinite", "Write the area of the mask in pixels."
+    ),
     "area-zero": _warning("area is 0; MMDetection leaves the annotation out", "Write the area of the mask in pixels."),
     "crowd-missing": _error(
         Part.ANNOTATION, "an annotation has no iscrowd, at which the COCO evaluation stops", "Write iscrowd: 0."
@@ -176,7 +202,9 @@ _ANNOTATIONS = {
 
 _SHAPES = {
     "mask-missing": _error(
-        Part.ANNOTATION, "an annotation has no segmentation, which a model with masks needs", "Add it, or use --no-masks."
+        Part.ANNOTATION,
+        "an annotation has no segmentation, which a model with masks needs",
+        "Add it, or use --no-masks.",
     ),
     "mask-type": _error(
         Part.ANNOTATION, "segmentation is neither a list of polygons nor run lengths", "Write [[x1, y1, x2, y2, ...]]."
@@ -184,7 +212,9 @@ _SHAPES = {
     "polygon-type": _error(Part.ANNOTATION, "a polygon is no list of numbers", "Write [[x1, y1, x2, y2, ...]]."),
     "polygon-odd": _error(Part.ANNOTATION, "a polygon has an odd count of numbers", "Write pairs of x and y."),
     "polygon-short": _error(
-        Part.ANNOTATION, "a polygon has fewer than three points; four numbers are taken for a box", "Remove or complete it."
+        Part.ANNOTATION,
+        "a polygon has fewer than three points; four numbers are taken for a box",
+        "Remove or complete it.",
     ),
     "polygon-not-finite": _error(
         Part.ANNOTATION, "a polygon holds NaN, infinity or a senseless number", "Correct the polygon."
@@ -214,7 +244,9 @@ _LABELS = {
     "label-unreadable": _error(Part.IMAGE, "a label picture cannot be decoded or is cut", "Get it again."),
     "label-size": _error(Part.IMAGE, "a label picture has another size than its image", "Make it anew in that size."),
     "label-colours": _error(
-        Part.IMAGE, "a label picture has several channels; one number per pixel is needed", "Turn colours into class numbers."
+        Part.IMAGE,
+        "a label picture has several channels; one number per pixel is needed",
+        "Turn colours into class numbers.",
     ),
     "label-palette": _warning(
         "a label picture has a palette; Pillow (the default) reads its numbers, cv2 would read its colours",

@@ -62,7 +62,7 @@ def _check_polygon(polygon: Any, height: int | None, width: int | None) -> Probl
     if len(polygon) < 6:
         return "polygon-short", f"a polygon has {len(polygon)} numbers, expected 6 or more"
     # min and max pass over a NaN that is not the first, the sum does not; it cannot overflow after the comparison.
-    if not (-LIMIT < min(polygon) and max(polygon) < LIMIT) or isnan(sum(polygon)):
+    if not (min(polygon) > -LIMIT and max(polygon) < LIMIT) or isnan(sum(polygon)):
         odd = next(value for value in polygon if not is_sensible(value))
         return "polygon-not-finite", f"a polygon holds {short(odd)}, expected places within the image"
     if height is None or width is None:
@@ -104,8 +104,8 @@ def decode_counts(text: str, total: int) -> list[int]:
     """Return the run lengths of COCO's compressed text.
 
     Each number is a row of characters with five bits each, lowest first, from the character '0' on; the sixth bit says
-    that more follow, and the highest of the last five is the sign. From the fourth number on, each is the difference to the
-    one two places before (maskApi.c of cocoapi, rleToString).
+    that more follow, and the highest of the last five is the sign. From the fourth number on, each is the difference to
+    the one two places before (maskApi.c of cocoapi, rleToString).
 
     Args:
         text: The characters.
