@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmvmamba.apis.dataset_checks import check_classes
-from mmvmamba.apis.described_data import SCOPES, inner_datasets
+from mmvmamba.apis.described_data import inner_datasets
+from mmvmamba.apis.runner import SCOPES
 from mmvmamba.errors import DataError
 
 #: Data set type -> how to get it.

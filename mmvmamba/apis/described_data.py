@@ -11,7 +11,6 @@ from typing import Any
 
 from mmvmamba.errors import ConfigError
 
-SCOPES = ("mmdet", "mmseg", "mmpretrain")
 #: What the constructors of mm* raise about their arguments.
 _REFUSALS = (TypeError, ValueError, AssertionError, KeyError, AttributeError, OSError)
 

@@ -14,6 +14,8 @@ from typing import Any
 from mmvmamba.datasets.checks.annotations import AnnotationCheck, CocoUse
 from mmvmamba.datasets.checks.report import Report, printable, short
 
+#: OpenCV decodes no wider and no higher picture.
+LONGEST_SIDE = 1 << 20
 _PARTS = ("images", "annotations", "categories")
 
 
@@ -64,6 +66,8 @@ def read_json(path: Path, report: Report) -> Any:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         report.add("json-invalid", path, "", _why_no_json(path, error))
         return None
+    if document is None:
+        report.add("json-structure", path, "", "it is null, expected an object")
     for name, number in repeated.items():
         text = f"{short(name)} stands twice in {number} objects, expected once"
         report.add("json-repeated-key", path, "", text)
@@ -75,7 +79,8 @@ def _why_no_json(path: Path, error: Exception) -> str:
     if size == 0:
         return "it has no bytes, expected JSON"
     if isinstance(error, json.JSONDecodeError):
-        rest = "; the file ends there, so it is probably cut off" if error.pos >= len(error.doc.rstrip()) else ""
+        whole = error.doc.rstrip().endswith(("}", "]"))
+        rest = "" if whole else "; it does not end as JSON does, so it is probably cut off"
         return f"{error.msg} in line {error.lineno}, column {error.colno} of {size} bytes{rest}"
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} of {size} is no UTF-8 text; compressed files must be unpacked first"
@@ -184,9 +189,10 @@ def _check_images(coco: CocoFile, report: Report) -> dict[int, tuple[str, int | 
 
 def _side(image: dict[str, Any], side: str, path: Path, place: str, report: Report) -> int | None:
     value = image.get(side)
-    if type(value) is int and 0 < value < 1 << 31:
+    if type(value) is int and 0 < value <= LONGEST_SIDE:
         return value
-    report.add("image-entry", path, place, f"{side} is {short(value)}, expected a whole number of 1 or more")
+    expected = f"a whole number of 1 to {LONGEST_SIDE}"
+    report.add("image-entry", path, place, f"{side} is {short(value)}, expected {expected}")
     return None
 
 

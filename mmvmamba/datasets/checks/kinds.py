@@ -135,7 +135,11 @@ _IMAGES = {
     "image-missing": _error(Part.IMAGE, "the file of an image is not there, or may not be read", "Get or remove it."),
     "image-empty": _error(Part.IMAGE, "the file of an image has no bytes", "Get it again."),
     "image-unreadable": _error(Part.IMAGE, "a file is no picture that can be decoded", "Get it again or convert it."),
-    "image-cut": _error(Part.IMAGE, "a picture ends early; OpenCV fills the rest with grey", "Get it again."),
+    "image-cut": _error(
+        Part.IMAGE,
+        "a picture is cut off or damaged; OpenCV may fill the rest with grey and say nothing",
+        "Get it again.",
+    ),
     "image-too-large": _error(
         Part.IMAGE, "a picture has more pixels than the limit; it was not decoded", "Cut it, or raise --max-pixels."
     ),

@@ -148,6 +148,8 @@ def _png_depth(path: Path) -> int:
 
 def _why_unreadable(error: BaseException) -> Problem:
     text = str(error) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):  # of Pillow's own limit, where the caller has left it on
+        return "image-too-large", text
     # Pillow has no class of its own for it: "image file is truncated (n bytes not processed)", "broken data stream",
     # and for PNG "Truncated File Read" and "unrecognized data stream contents".
     cut = any(word in text.lower() for word in ("truncated", "broken data stream", "unexpected end"))
