@@ -63,54 +63,45 @@ class DataCheck:
         """
         sets = described_data(cfg, splits)
         done: set[tuple[Path, Path | None]] = set()
-        lists: dict[str, list[str]] = {}
+        read: dict[Path, list[str]] = {}
+        folders: dict[str, list[str]] = {}
         for data in sets:
-            where = f"{data.split}_dataloader.dataset ({data.name})"
-            _check_class_list(data, where, self.report)
             if (data.images, data.listed) in done:  # most configs test on what they validate on
                 continue
             done.add((data.images, data.listed))
             if data.layout is Layout.COCO:
-                self._coco_of_config(data, where)
+                coco = self._coco_of_config(data)
+                read[coco.path] = list(coco.names.values()) if coco.document is not None else []
             elif data.layout is Layout.LABEL_PICTURES:
-                self._labels_of_config(data, where)
+                self._labels_of_config(data)
             else:
-                lists[data.split] = self._classes_of_config(data)
-        _check_agreement(sets, lists, cfg.get("model") or {}, self.report)
+                folders[data.split] = self._classes_of_config(data)
+        _check_classes(sets, read, folders, cfg.get("model") or {}, self.report)
 
-    def _coco_of_config(self, data: DescribedData, where: str) -> None:
+    def _coco_of_config(self, data: DescribedData) -> CocoFile:
         use = CocoUse(data.masks, evaluation=data.split != "train", annotations=data.annotations)
         coco = self.coco(data.listed or Path(), data.images, data.split, use)
-        if data.classes is not None and coco.document is not None and data.annotations:
-            names = list(coco.names.values())
-            problems = compare_classes(data.classes, names, by_default=not data.own_classes)
-            for kind, text in problems:
-                self.report.add(kind, coco.path, where, text)
-            if not problems and data.split == "train":
-                counts = {coco.names[own]: number for own, number in coco.per_category.items()}
-                self._report_unused([name for name in data.classes if not counts.get(name)], coco.path, where)
+        if data.classes is not None and data.split == "train":
+            without = {name for own, name in coco.names.items() if not coco.per_category[own]}
+            self._report_unused([name for name in data.classes if name in without], coco.path, data)
+        return coco
 
-    def _labels_of_config(self, data: DescribedData, where: str) -> None:
+    def _labels_of_config(self, data: DescribedData) -> None:
         number = len(data.known_classes or data.classes or ())
         rule = LabelRule(number, data.zero_is_ignored, data.ignored) if number else None
         result = self.label_pictures(data, rule)
-        if data.classes is not None and data.known_classes is not None:
-            for kind, text in compare_classes(data.classes, data.known_classes, ordered=False):
-                self.report.add(kind, data.name, where, text)
-        if data.split == "train" and result.names and data.classes and number == len(data.classes):
-            unused = [
-                name for index, name in enumerate(data.classes) if not result.pixels[index + data.zero_is_ignored]
-            ]
-            if self.options is not None:
-                self._report_unused(unused, data.labels or data.images, where)
+        if data.split == "train" and result.pixels and data.classes and number == len(data.classes):
+            there = [index - data.zero_is_ignored for index in result.pixels]
+            unused = [name for index, name in enumerate(data.classes) if index not in there]
+            self._report_unused(unused, data.labels or data.images, data)
 
     def _classes_of_config(self, data: DescribedData) -> list[str]:
         number = len(data.classes) if data.classes else None
         return self.class_folders(data.images, data.split, data.listed, number).classes
 
-    def _report_unused(self, names: list[str], path: Path, where: str) -> None:
+    def _report_unused(self, names: list[str], path: Path, data: DescribedData) -> None:
         for name in names:
-            self.report.add("category-unused", path, where, f"{name!r} has no annotation")
+            self.report.add("category-unused", path, data.entry(), f"{name!r} has no annotation")
 
     def coco(self, path: Path, images: Path | None, split: str, use: CocoUse | None = None) -> CocoFile:
         """Check a COCO file, and its pictures if a folder is given."""
@@ -211,24 +202,12 @@ def check_classes(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
     """
     report = Report()
     sets = described_data(cfg, splits, passing_over=True)
-    lists: dict[str, list[str]] = {}
-    for data in sets:
-        where = f"{data.split}_dataloader.dataset ({data.name})"
-        _check_class_list(data, where, report)
-        if data.layout is Layout.CLASS_FOLDERS and data.listed is None and data.images.is_dir():
-            lists[data.split] = _class_folders(data.images)
-        if data.classes is None:
-            continue
-        if data.layout is Layout.COCO and data.annotations and data.listed is not None:
-            before = report.errors
-            names = category_names(data.listed, report)
-            if report.errors == before:
-                for kind, text in compare_classes(data.classes, names, by_default=not data.own_classes):
-                    report.add(kind, data.listed, where, text)
-        elif data.layout is Layout.LABEL_PICTURES and data.known_classes is not None:
-            for kind, text in compare_classes(data.classes, data.known_classes, ordered=False):
-                report.add(kind, data.name, where, text)
-    _check_agreement(sets, lists, cfg.get("model") or {}, report)
+    folders = {
+        data.split: _class_folders(data.images)
+        for data in sets
+        if data.layout is Layout.CLASS_FOLDERS and data.listed is None and data.images.is_dir()
+    }
+    _check_classes(sets, {}, folders, cfg.get("model") or {}, report)
     report.raise_for_errors()
 
 
@@ -236,26 +215,50 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
-def _check_class_list(data: DescribedData, where: str, report: Report) -> None:
-    if data.classes_text is not None:
-        for kind, text in check_class_list(data.classes_text):
-            report.add(kind, "config", where, text)
-    elif data.classes is None and data.layout is Layout.LABEL_PICTURES:
-        report.add("classes-entry", "config", where, "metainfo.classes is missing, expected a list of names")
-
-
-def _check_agreement(
-    sets: Sequence[DescribedData], lists: dict[str, list[str]], model: Mapping[str, Any], report: Report
+def _check_classes(
+    sets: Sequence[DescribedData],
+    read: dict[Path, list[str]],
+    folders: dict[str, list[str]],
+    model: Mapping[str, Any],
+    report: Report,
 ) -> None:
-    """Compare the classes of the splits with each other, and their number with the heads of the model."""
+    """Compare the classes of each data set with its data, of the splits with each other, and with the heads.
+
+    Args:
+        sets: The data sets.
+        read: COCO file -> its categories, where it was read; empty if that failed.
+        folders: Split -> the folders of its classes.
+        model: The model of the config.
+        report: Where the findings go.
+    """
+    lists = dict(folders)
     for data in sets:
-        if data.layout is not Layout.CLASS_FOLDERS and data.classes is not None:
+        problems = _own_problems(data)
+        if not problems and data.classes is not None:
             lists.setdefault(data.split, list(data.classes))
+            if data.layout is Layout.COCO and data.annotations and data.listed is not None:
+                if data.listed not in read:
+                    read[data.listed] = category_names(data.listed, report)
+                names = read[data.listed]
+                problems = compare_classes(data.classes, names, by_default=not data.own_classes) if names else []
+            elif data.layout is Layout.LABEL_PICTURES and data.known_classes is not None:
+                problems = compare_classes(data.classes, data.known_classes, ordered=False)
+        for kind, text in problems:
+            report.add(kind, data.listed or data.images, data.entry(), text)
     _compare_lists(lists, report)
     first = next((names for names in lists.values() if names), None)
     if first is not None:
         for kind, text in check_heads(model, len(first)):
             report.add(kind, "config", "", text)
+
+
+def _own_problems(data: DescribedData) -> list[tuple[str, str]]:
+    """Return what is wrong with the list of classes in the config, whatever the data are."""
+    if data.classes_text is not None:
+        return check_class_list(data.classes_text)
+    if data.classes is None and data.layout is Layout.LABEL_PICTURES:
+        return [("classes-entry", "metainfo.classes is missing, expected a list of names")]
+    return []
 
 
 def _compare_lists(lists: dict[str, list[str]], report: Report) -> None:

@@ -63,6 +63,10 @@ class DescribedData:
     masks: bool = False
     annotations: bool = True
 
+    def entry(self) -> str:
+        """Return the entry of the config, for messages."""
+        return f"{self.split}_dataloader.dataset ({self.name})"
+
 
 def inner_datasets(dataset: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the innermost data set configs inside wrappers and concatenations."""

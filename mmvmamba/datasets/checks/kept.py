@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -130,4 +131,5 @@ def _write_new(target: Path, write: Callable[[IO[str]], object]) -> None:
     except (OSError, UnicodeError) as error:
         raise DataError(f"{str(target)!r} cannot be written: {error}. Name another --out.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not even be made
+            partial.unlink()
