@@ -1,8 +1,8 @@
 """Damages COCO files at random and has each checked: ``python fuzzed_coco.py FOLDER FIRST NUMBER``.
 
-Run as a process of its own, so that a crash is seen as one. A file that the check passes must then be read by MMDetection
-and every mask of it decoded by pycocotools; one that it refuses must be passed after the policy skip has left out what is
-bad, if it can be left out. The last line is the counts as JSON.
+Run as a process of its own, so that a crash is seen as one. A file that the check passes must then be read by
+MMDetection, and every mask of it decoded by pycocotools; one that it refuses must be passed after the policy skip has
+left out what is bad, if it can be left out. The last line is the counts as JSON.
 """
 
 from __future__ import annotations
