@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from mmvmamba.apis import run_command
 from mmvmamba.datasets import DigitsSettings, write_digits
 from tests.test_datasets.broken_pictures import good_pair, picture
 from tests.test_datasets.planted import NAMES, sound, write_data
@@ -17,7 +20,33 @@ from tests.test_datasets.planted import NAMES, sound, write_data
 ROOT = Path(__file__).parents[2]
 
 
-def _run(tool, *arguments):
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    error: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run tools/check_dataset.py within this process, which has the libraries loaded."""
+    spec = importlib.util.spec_from_file_location("check_dataset_tool", ROOT / "tools/check_dataset.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["check_dataset.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_command(tool.main)
+        code, printed = end.value.code, capsys.readouterr()
+        return Ended(1, printed.out, code) if isinstance(code, str) else Ended(code, printed.out, printed.err)
+
+    return command
+
+
+def _process(tool, *arguments):
     return subprocess.run(
         [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -27,7 +56,7 @@ def _run(tool, *arguments):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "data"
-    write_digits(out, DigitsSettings(40, 10, 5, 40, 20))
+    write_digits(out, DigitsSettings(40, 10, 5, 60, 60))
     return out
 
 
@@ -36,16 +65,16 @@ def _roots(digits):
 
 
 @pytest.mark.parametrize("task", ["det", "seg", "cls"])
-def test_the_digits_configs(task, digits, tmp_path):
+def test_the_digits_configs(task, run, digits, tmp_path):
     (config,) = (ROOT / "configs" / task / "digits").glob("*.py")
-    done = _run("check_dataset.py", config, "--report", tmp_path / "report.json", *_roots(digits))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(config, "--report", tmp_path / "report.json", *_roots(digits))
+    assert done.returncode == 0, done.stdout + done.error
     assert done.stdout.splitlines()[-1] == "errors: 0, warnings: 0"
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [facts["pictures looked at"] for facts in report["checked"]] == ([40, 20] if task == "cls" else [40, 10])
+    assert [facts["pictures looked at"] for facts in report["checked"]] == ([60, 60] if task == "cls" else [40, 10])
 
 
-def test_a_coco_file_with_errors(tmp_path):
+def test_a_coco_file_with_errors(run, tmp_path):
     document = sound()
     document["annotations"][0]["bbox"] = [1, 1, -5, 5]
     document["images"][1]["file_name"] = "none.jpg"
@@ -53,28 +82,28 @@ def test_a_coco_file_with_errors(tmp_path):
     (pictures / "none.jpg").unlink()
     before = path.read_bytes()
     arguments = ["--coco", path, "--images", pictures, "--classes", *NAMES]
-    done = _run("check_dataset.py", *arguments)
+    done = run(*arguments)
     assert done.returncode == 1
     assert "error: box-negative, 1 times" in done.stdout and "none.jpg" in done.stdout
-    assert done.stderr.splitlines()[-1].startswith("error: the data set has 2 errors, expected none.")
-    too_many = _run("check_dataset.py", *arguments, "--policy", "skip", "--out", tmp_path / "kept")
-    assert too_many.returncode == 1 and "1 of 6 images" in too_many.stderr
+    assert done.error.startswith("error: the data set has 2 errors, expected none.")
+    too_many = run(*arguments, "--policy", "skip", "--out", tmp_path / "kept")
+    assert too_many.returncode == 1 and "1 of 6 images" in too_many.error
     assert not (tmp_path / "kept").exists()
-    kept = _run("check_dataset.py", *arguments, "--policy", "skip", "--out", tmp_path / "kept", "--max-skipped", "0.5")
-    assert kept.returncode == 0, kept.stderr
+    kept = run(*arguments, "--policy", "skip", "--out", tmp_path / "kept", "--max-skipped", "0.5")
+    assert kept.returncode == 0, kept.error
     assert f"written: {tmp_path}/kept/coco.json: 5 of 6 images, 11 of 15 annotations" in kept.stdout
-    again = _run("check_dataset.py", "--coco", tmp_path / "kept/coco.json", "--images", pictures)
+    again = run("--coco", tmp_path / "kept/coco.json", "--images", pictures)
     assert again.returncode == 0, again.stdout
     assert path.read_bytes() == before
 
 
-def test_classes_of_a_coco_file(tmp_path):
+def test_classes_of_a_coco_file(run, tmp_path):
     path, _ = write_data(tmp_path, sound())
-    done = _run("check_dataset.py", "--coco", path, "--classes", "cat", "dgo")
+    done = run("--coco", path, "--classes", "cat", "dgo")
     assert done.returncode == 1 and "'dgo' (did you mean 'dog'?)" in done.stdout
 
 
-def test_folders_of_ade20k_and_imagenet(tmp_path):
+def test_folders_of_ade20k_and_imagenet(run, tmp_path):
     for ours, folder in (("training", "train"), ("validation", "val")):
         good_pair(tmp_path / ours, "a")
         for part, name in (("images", "images"), ("labels", "annotations")):
@@ -82,14 +111,14 @@ def test_folders_of_ade20k_and_imagenet(tmp_path):
             (tmp_path / ours / part).rename(tmp_path / "ade" / name / ours)
         (tmp_path / "in1k" / folder / "n01440764").mkdir(parents=True)
         picture().save(tmp_path / "in1k" / folder / "n01440764/1.JPEG")
-    done = _run("check_dataset.py", "--ade20k", tmp_path / "ade")
+    done = run("--ade20k", tmp_path / "ade")
     assert done.returncode == 0 and "pictures looked at 1" in done.stdout, done.stdout
-    assert _run("check_dataset.py", "--imagenet", tmp_path / "in1k").returncode == 0
+    assert run("--imagenet", tmp_path / "in1k").returncode == 0
     (tmp_path / "in1k/val/n02").mkdir()
     (tmp_path / "ade/annotations/training/a.png").unlink()
-    done = _run("check_dataset.py", "--imagenet", tmp_path / "in1k")
+    done = run("--imagenet", tmp_path / "in1k")
     assert done.returncode == 1 and "only in val: ['n02']" in done.stdout
-    done = _run("check_dataset.py", "--ade20k", tmp_path / "ade")
+    done = run("--ade20k", tmp_path / "ade")
     assert done.returncode == 1 and "label-missing, 1 times" in done.stdout
 
 
@@ -106,19 +135,31 @@ def test_folders_of_ade20k_and_imagenet(tmp_path):
         (["--coco", "$(touch canary)"], "the data set has 1 errors"),
     ],
 )
-def test_arguments_that_do_not_go_together(arguments, said):
-    done = _run("check_dataset.py", *arguments)
-    assert done.returncode == 1 and said in done.stderr.splitlines()[-1]
+def test_arguments_that_do_not_go_together(run, arguments, said):
+    done = run(*arguments)
+    assert done.returncode == 1 and said in done.error
     assert not (ROOT / "canary").exists()
+
+
+def test_a_process_of_its_own(tmp_path):
+    """Exit code and streams as a shell sees them."""
+    path, pictures = write_data(tmp_path, sound())
+    done = _process("check_dataset.py", "--coco", path, "--images", pictures)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "errors: 0, warnings: 0")
+    assert "pictures of planted.json: 6/6" in done.stderr
+    path.write_text("[]")
+    done = _process("check_dataset.py", "--coco", path)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: the data set has 1 errors")
 
 
 def test_training_refuses_a_misspelt_class_before_anything_is_built(digits, tmp_path):
     (config,) = (ROOT / "configs/det/digits").glob("*.py")
-    names = ",".join(f"'{name}'" for name in ("0", "1", "two", *"3456789"))
-    done = _run(
-        "train.py", config, "--work-dir", tmp_path / "work", *_roots(digits),
-        f"train_dataloader.dataset.metainfo.classes=[{names}]",
-    )  # fmt: skip
+    classes = ("0", "1", "two", *"3456789")
+    own = tmp_path / "own.py"
+    own.write_text(
+        f"_base_ = {str(config)!r}\ntrain_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))\n"
+    )
+    done = _process("train.py", own, "--work-dir", tmp_path / "work", *_roots(digits))
     assert done.returncode == 1
     assert "classes-not-in-file" in done.stderr and "only in classes: 'two'" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "work").exists()
