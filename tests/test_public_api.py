@@ -28,7 +28,7 @@ THIRD_PARTY = {
     "checkpoints": {"torch", "safetensors"},
     "engine": {"torch", "mmengine", "numpy"},
     "converters": {"torch"},
-    "datasets": {"numpy", "cv2"},
+    "datasets": {"numpy", "cv2", "PIL"},
     "analysis": {"torch", "numpy", "cv2", "mmengine"},
     "apis": {"torch", "mmengine"},
 }

@@ -1,4 +1,4 @@
-"""Finding out before anything is built that a data set is not where the config says."""
+"""Finding out before anything is built that a data set is not where, or not what, the config says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmvmamba.apis.dataset_checks import check_classes
+from mmvmamba.apis.described_data import inner_datasets
+from mmvmamba.apis.runner import SCOPES
 from mmvmamba.errors import DataError
 
 #: Data set type -> how to get it.
@@ -31,21 +34,27 @@ _SELF_DOWNLOADING = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 
 
 def check_data(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
-    """Raise ``DataError`` for the first file or folder of the data sets that does not exist.
+    """Raise ``DataError`` for what of the data sets does not exist, and for classes they do not have.
+
+    What is cheap to find out is looked at; ``tools/check_dataset.py`` looks at everything.
 
     Args:
         cfg: A config of MMDetection, MMSegmentation or MMPretrain.
         splits: Which of ``"train"``, ``"val"`` and ``"test"`` are going to be used.
 
     Raises:
-        DataError: Naming the path, the config entry and how to get the data.
+        DataError: Naming the path, the config entry and how to get the data; or both lists of classes and the
+            difference.
+        ConfigError: If the type of a data set refuses its arguments.
     """
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
-        for dataset in _datasets(loader.get("dataset") if loader else None):
+        for dataset in inner_datasets(loader.get("dataset") if loader else None):
             for entry, path in _paths(dataset):
                 if not path.exists():
                     raise DataError(_message(split, entry, path, _kind(dataset)))
+    if cfg.get("default_scope") in SCOPES:
+        check_classes(cfg, splits)
 
 
 def _kind(dataset: Mapping[str, Any]) -> str:
@@ -66,19 +75,6 @@ def _message(split: str, entry: str, path: Path, kind: str) -> str:
         f"data set not found: {split}_dataloader.dataset ({kind or 'no type'}), {entry}: "
         f"{str(path.absolute())!r} does not exist. {cure}, {_OVERRIDE.format(split=split)}"
     )
-
-
-def _datasets(dataset: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the innermost data set configs inside wrappers and concatenations."""
-    if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        for part in dataset:
-            yield from _datasets(part)
-    elif isinstance(dataset, Mapping):
-        inner = dataset.get("dataset", dataset.get("datasets"))
-        if inner is not None:
-            yield from _datasets(inner)
-        else:
-            yield dataset
 
 
 def _paths(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
