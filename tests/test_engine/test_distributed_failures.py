@@ -1,0 +1,111 @@
+"""D8: ``tools/dist_train.sh`` with two processes of gloo; one is killed. Nothing hangs, and a restart loses nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mmpretrain")
+
+from mmvmamba.checkpoints import read_checkpoint
+from tests.test_engine.random_training import CLOCKS, config, differences, flatten
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+LENGTH = 10
+LIMIT = 60.0  # seconds between a kill and the end (D8)
+
+
+def _write_config(folder: Path, **kill: object) -> Path:
+    """Write a config of ``LENGTH`` iterations with a checkpoint after each second one, on stock hooks and loop."""
+    cfg = config("unused", by_epoch=False, length=LENGTH, val_interval=4)
+    cfg.default_scope = "mmpretrain"
+    cfg.custom_imports = dict(imports=["random_training", "killed_ranks"], allow_failed_imports=False)
+    cfg.train_cfg = dict(by_epoch=False, max_iters=LENGTH, val_interval=4)
+    cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=2, by_epoch=False)
+    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != "mmvmamba.RandomStateHook"]
+    if kill:
+        cfg.custom_hooks = [*cfg.custom_hooks, dict(type="mmengine.KillRank", folder=str(folder), **kill)]
+    cfg.randomness.diff_rank_seed = True
+    cfg.work_dir = str(folder / "work")
+    cfg.log_level = "INFO"
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg.dump(str(folder / "config.py"))
+    return folder / "config.py"
+
+
+def _train(path: Path, *arguments: str, **environment: str) -> tuple[int, str, float]:
+    """Return the exit code, the output, and the seconds from the kill, if there was one, to the end."""
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "tools/dist_train.sh"), str(path), "2", *arguments],
+        cwd=path.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
+             "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    killed = path.parent / "killed"
+    return process.returncode, output, time.time() - killed.stat().st_mtime if killed.exists() else 0.0
+
+
+def _final_state(folder: Path) -> dict[str, object]:
+    content = read_checkpoint(folder / "work" / f"iter_{LENGTH}.pth")
+    scalars = content["message_hub"]["log_scalars"]
+    content["scalars"] = {name: value for name, value in scalars.items() if name.rpartition("/")[2] not in CLOCKS}
+    flat: dict[str, object] = {}
+    for name in ("state_dict", "ema_state_dict", "optimizer", "param_schedulers", "scalars", "mmvmamba"):
+        flatten(name, content[name], flat)
+    flat["meta"] = [content["meta"][key] for key in ("epoch", "iter", "seed")]
+    return flat
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, output, _ = _train(_write_config(folder))
+    assert code == 0, output
+    return _final_state(folder)
+
+
+def test_a_killed_process_ends_the_training(tmp_path):
+    code, output, seconds = _train(_write_config(tmp_path, rank=1, iteration=5))
+    assert (tmp_path / "killed").exists(), output
+    assert code != 0 and seconds < LIMIT, output
+    assert "Signal 9 (SIGKILL)" in output  # torchrun names who failed first
+    assert read_checkpoint(tmp_path / "work" / "iter_4.pth")["meta"]["iter"] == 4
+    assert not (tmp_path / "work" / "iter_6.pth").exists()
+
+
+def _restarted(folder: Path, expected: dict[str, object], **kill: object) -> None:
+    code, output, seconds = _train(_write_config(folder, **kill), MAX_RESTARTS="1")
+    assert (folder / "killed").exists(), output
+    assert code == 0 and seconds < LIMIT + 60, output
+    assert "Resuming from" in output
+    assert differences(expected, _final_state(folder)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kill", [dict(rank=1, iteration=6), dict(rank=0, iteration=6, saving=True)], ids=["training", "saving"]
+)
+def test_a_restart_ends_where_the_undisturbed_training_ends(tmp_path, undisturbed, kill):
+    _restarted(tmp_path, undisturbed, **kill)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("trial", range(10))
+def test_many_restarts(tmp_path, undisturbed, trial):
+    draw = random.Random(trial)
+    saving = trial % 3 == 0
+    iteration = 2 * draw.randint(2, LENGTH // 2) if saving else draw.randint(3, LENGTH)
+    _restarted(tmp_path, undisturbed, rank=0 if saving else trial % 2, iteration=iteration, saving=saving)
