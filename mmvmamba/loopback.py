@@ -12,7 +12,7 @@ import socket
 import sys
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # exported, but not by name
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -55,22 +55,26 @@ def loopback_store(port: int = 0, timeout: timedelta = timedelta(minutes=5)) -> 
         is_master=True,
         timeout=timeout,
         wait_for_workers=False,
-        multi_tenant=True,
         master_listen_fd=listener.detach(),  # the store closes it
     )
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """The meeting of one node with itself; restarts use the same store, under keys of their own.
+    """The meeting of one node with itself.
+
+    The processes of each start meet in a store of their own: in that of a start before, they would find, if they are
+    quick, the addresses of processes that are gone. (So it is with the rendezvous "c10d" of PyTorch 2.11.)
 
     Args:
-        run_id: Name of the run, the beginning of its keys.
-        port: Where the store listens; 0 takes a free one.
+        run_id: Name of the run, the beginning of the agent's own keys.
+        port: Where the processes meet; 0 takes a free one at each start.
     """
 
     def __init__(self, run_id: str, port: int = 0) -> None:
         self._run_id = run_id
-        self._store = loopback_store(port)
+        self._port = port
+        self._of_agent = loopback_store()
+        self._of_processes: TCPStore | None = None
         self._round = 0
 
     def get_backend(self) -> str:
@@ -79,14 +83,20 @@ class LoopbackRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """The processes meet in the store of the agent: none opens a port of its own for that."""
+        """The processes meet in a store of the agent: none opens a port of its own for that."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Return the node as number 0 of 1."""
+        """Return the node as number 0 of 1.
+
+        Raises:
+            ConfigError: If the port that was asked for is taken.
+        """
         self._round += 1
-        store = PrefixStore(f"{self._run_id}/{self._round}", self._store)
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(ADDRESS, self._store.port))
+        self._of_processes = None  # closes its port, which may be the one that is opened next
+        self._of_processes = loopback_store(self._port)
+        store = PrefixStore(f"{self._run_id}/{self._round}", self._of_agent)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(ADDRESS, self._of_processes.port))
 
     def is_closed(self) -> bool:
         """No other node could close it."""
@@ -104,7 +114,7 @@ class LoopbackRendezvous(RendezvousHandler):
         return self._run_id
 
     def shutdown(self) -> bool:
-        """There is nothing to end: the store ends with the process."""
+        """There is nothing to end: the stores end with the process."""
         return True
 
 

@@ -13,11 +13,13 @@ check_number() {
   say_and_stop "$1 is '$2', expected a whole number from $3 to $4. Correct it."
 }
 
-# as_path VALUE: print a file name so that no program takes it for an option.
+# as_path VALUE: set "path" to a file name that no program takes for an option. (Printed, it would lose the line breaks at
+# its end.)
+# shellcheck disable=SC2034 # the scripts that source this file read it
 as_path() {
   case $1 in
-    -*) printf './%s' "$1" ;;
-    *) printf '%s' "$1" ;;
+    -*) path=./$1 ;;
+    *) path=$1 ;;
   esac
 }
 
@@ -46,7 +48,9 @@ run_processes() {
     exec "$python" -m torch.distributed.run "${options[@]}" --node-rank "$node" \
       --master-addr "$MASTER_ADDR" --master-port "$port" "$@"
   fi
-  # Only this kind of meeting starts the processes of all nodes again when one of them fails.
+  # Only this kind of meeting starts the processes of all nodes again when one of them fails. By default they would meet
+  # where those of the start before did, and might find the addresses of processes that are gone (PyTorch 2.11).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   [[ -n ${LOCAL_ADDR:-} ]] && options+=(--local-addr "$LOCAL_ADDR")
   exec "$python" -m torch.distributed.run "${options[@]}" --rdzv-backend c10d --rdzv-id "${RDZV_ID:-mmvmamba}" \
     --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-conf "is_host=$(( node == 0 ))" "$@"

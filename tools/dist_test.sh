@@ -11,8 +11,8 @@ source "$here/dist_common.sh"
 
 (( $# >= 3 )) ||
   say_and_stop "found $# arguments, expected tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]."
-config=$(as_path "$1")
-checkpoint=$(as_path "$2")
+as_path "$1"; config=$path
+as_path "$2"; checkpoint=$path
 gpus=$3
 shift 3
 unset MAX_RESTARTS

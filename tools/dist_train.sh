@@ -13,7 +13,7 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 source "$here/dist_common.sh"
 
 (( $# >= 2 )) || say_and_stop "found $# arguments, expected tools/dist_train.sh CONFIG GPUS [arguments of train.py]."
-config=$(as_path "$1")
+as_path "$1"; config=$path
 gpus=$2
 shift 2
 start=()

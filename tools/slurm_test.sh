@@ -19,8 +19,8 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   fill_allocation "$1" "$2"
   allocate=(salloc "${allocation[@]}")
 fi
-config=$(as_path "$3")
-checkpoint=$(as_path "$4")
+as_path "$3"; config=$path
+as_path "$4"; checkpoint=$path
 shift 4
 check_number PORT "${PORT:-0}" 0 65535
 exec ${allocate[@]+"${allocate[@]}"} "$here/slurm_job.sh" \

@@ -16,8 +16,8 @@ source "$here/slurm_common.sh"
 (( $# >= 4 )) || say_and_stop "found $# arguments, expected tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR \
 [arguments of train.py]."
 fill_allocation "$1" "$2"
-config=$(as_path "$3")
-work_dir=$(as_path "$4")
+as_path "$3"; config=$path
+as_path "$4"; work_dir=$path
 shift 4
 for argument in "$@"; do
   case $argument in

@@ -18,6 +18,7 @@ from mmengine import dist
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from torch import distributed as torch_dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # exported, but not by name
 
 from mmvmamba.checkpoints.manifest import read_manifest
 from mmvmamba.errors import CheckpointError, ConfigError
@@ -149,7 +150,7 @@ def _join(cfg: Config, device: str) -> None:
     if os.environ["MASTER_ADDR"] == ADDRESS and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         # Slurm on one node: nobody has made the store yet, and the first process would open it to the network.
         port = int(os.environ["MASTER_PORT"])
-        store = loopback_store(port, timeout) if rank == 0 else torch_dist.TCPStore(ADDRESS, port, timeout=timeout)
+        store = loopback_store(port, timeout) if rank == 0 else TCPStore(ADDRESS, port, timeout=timeout)
         torch_dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         torch_dist.init_process_group(backend, timeout=timeout)
