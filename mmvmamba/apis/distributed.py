@@ -30,6 +30,13 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 #: Seconds that a process waits for the others before it gives up, unless env_cfg.dist_cfg.timeout says otherwise.
 _TIMEOUT = 1800
+#: FSDP's "full", but for offload_to_cpu: parameters that are on the CPU are freed under the state dict then, and reading
+#: it crashes (PyTorch 2.11).
+_FULL_WITHOUT_OFFLOAD = dict(
+    state_dict_type="FULL_STATE_DICT",
+    state_dict_config=dict(type="FullStateDictConfig", rank0_only=True, offload_to_cpu=False),
+    optim_state_dict_config=dict(type="FullOptimStateDictConfig", rank0_only=True, offload_to_cpu=False),
+)
 
 
 def join_processes(cfg: Config) -> None:
@@ -43,8 +50,9 @@ def join_processes(cfg: Config) -> None:
 
     Raises:
         ConfigError: If the environment does not say which of how many processes this is, says it although
-            ``launcher`` is "none", or there are more processes than GPUs.
+            ``launcher`` is "none", or there are more processes than GPUs; or if FSDP and EMAHook are combined.
     """
+    _refuse_averages_of_shares(cfg)
     launcher = cfg.get("launcher", "none")
     if launcher == "none":
         _refuse_strangers()
@@ -109,6 +117,21 @@ def _refuse_strangers() -> None:
         )
 
 
+def _strategy(cfg: Config) -> str:
+    kind = (cfg.get("strategy") or {}).get("type", "")
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+
+def _refuse_averages_of_shares(cfg: Config) -> None:
+    hooks = [hook.get("type") if isinstance(hook, dict) else type(hook) for hook in cfg.get("custom_hooks") or []]
+    names = [kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__ for kind in hooks]
+    if _strategy(cfg) == "FSDPStrategy" and "EMAHook" in names:
+        raise ConfigError(
+            "custom_hooks has EMAHook and strategy is FSDPStrategy, expected one of them: the hook averages whole "
+            "models, of which FSDP leaves each process a share. Remove the hook, or train with DDP."
+        )
+
+
 def _translate_slurm() -> None:
     """Say in torchrun's words what Slurm says in its own."""
     missing = [name for name in (*_SLURM.values(), "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -162,9 +185,14 @@ def _wrap_without_devices(cfg: Config) -> None:
         cfg.model_wrapper_cfg = _without_devices(cfg, cfg.get("model_wrapper_cfg"))
         return
     strategy = cfg.get("strategy") or ConfigDict(type="DDPStrategy")
-    kind = strategy["type"] if isinstance(strategy["type"], str) else strategy["type"].__name__
-    if kind.rpartition(".")[2] == "DDPStrategy":
+    name = _strategy(cfg) or "DDPStrategy"
+    if name == "DDPStrategy":
         strategy["model_wrapper"] = _without_devices(cfg, strategy.get("model_wrapper"))
+    elif name == "FSDPStrategy":
+        wrapper = strategy.get("model_wrapper") or dict(type="MMFullyShardedDataParallel")
+        strategy["model_wrapper"] = ConfigDict(wrapper, device_id="cpu")
+        if strategy.get("state_dict_cfg") == "full":
+            strategy["state_dict_cfg"] = ConfigDict(_FULL_WITHOUT_OFFLOAD)
     cfg.strategy = strategy
 
 

@@ -6,12 +6,14 @@ from mmvmamba.engine.hooks import (
     InterruptHook,
     LastBatchHook,
     NonFiniteHook,
+    PlainFormHook,
     PreparesSave,
     PretrainedCheckHook,
     RandomStateHook,
 )
 from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmvmamba.engine.optimizers import Bfloat16OptimWrapper
+from mmvmamba.engine.sharding import wrap_vss_blocks
 
 __all__ = [
     "Bfloat16OptimWrapper",
@@ -22,7 +24,9 @@ __all__ = [
     "IterBasedTrainLoop",
     "LastBatchHook",
     "NonFiniteHook",
+    "PlainFormHook",
     "PreparesSave",
     "PretrainedCheckHook",
     "RandomStateHook",
+    "wrap_vss_blocks",
 ]

@@ -1,6 +1,7 @@
 """Trainings of VMamba nano whose loss curves are compared: ``FILE ANSWER CASE...``, alone or as one of two processes.
 
-A case is "batch size per process,accumulated iterations,bits of the floating-point numbers".
+A case is "batch size per process,accumulated iterations,bits of the floating-point numbers", or "fsdp": what 4,1,32 is,
+sharded, then once more from its checkpoint in the middle.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.registry import DATASETS, HOOKS, MODELS
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from mmvmamba.apis import build_runner
+from mmvmamba.apis import build_runner, prepare_training
+from mmvmamba.models.pretrained import innermost
 
+ROOT = Path(__file__).parents[2]
 #: Samples of an update of the weights, whoever computes them; updates of a training; classes.
 TOGETHER, UPDATES, CLASSES = 8, 8, 4
 
@@ -95,9 +99,7 @@ def _config(folder: Path, batch: int, accumulated: int, bits: int, launcher: str
             train_cfg=dict(type="mmvmamba.IterBasedTrainLoop", max_iters=UPDATES * accumulated),
             # Not Adam: where a gradient is zero but for rounding, it steps as far as for a large one; and neither Adam
             # nor clipping would show a wrong factor in all gradients.
-            optim_wrapper=dict(
-                optimizer=dict(type="SGD", lr=0.02, momentum=0.9), accumulative_counts=accumulated
-            ),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.005, momentum=0.9), accumulative_counts=accumulated),
             default_hooks=dict(checkpoint=None, logger=None),
             custom_hooks=[dict(type="Curve")],
             randomness=dict(seed=3),
@@ -106,10 +108,37 @@ def _config(folder: Path, batch: int, accumulated: int, bits: int, launcher: str
     )
 
 
+def _sharded(folder: Path) -> dict[str, Any]:
+    """Train with FSDP by what tools/train.py does; then the second half again."""
+    base = Config.fromfile(str(ROOT / "configs/det/_base_/fsdp.py"))
+    found: dict[str, Any] = {}
+    for name, resume in (("whole", None), ("resumed", str(folder / "iter_4.pth"))):
+        cfg = _config(folder, 4, 1, 32, "pytorch")
+        cfg.merge_from_dict(base.to_dict())
+        cfg.train_cfg = dict(by_epoch=False, max_iters=UPDATES)
+        cfg.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, interval=4)
+        cfg.env_cfg = dict(dist_cfg=dict(backend="nccl"))
+        cfg.experiment_name = f"{folder.name}-{name}"
+        found[f"{name} notes"] = [note.text for note in prepare_training(cfg, resume=resume)]
+        runner = build_runner(cfg)
+        runner.train()
+        (curve,) = [hook for hook in runner.hooks if isinstance(hook, Curve)]
+        groups = [m for m in runner.model.modules() if isinstance(m, FullyShardedDataParallel)]
+        found[name] = curve.losses
+        found["groups"] = [type(group.module).__name__ for group in groups]
+        found["blocks"] = sum(innermost(runner.model).backbone.depths)
+        found["held"] = sum(parameter.numel() for parameter in runner.model.parameters())
+        found["hooks"] = [type(hook).__name__ for hook in runner.hooks]
+    return found
+
+
 def main(answer: Path, cases: list[str]) -> None:
     launcher = "pytorch" if "RANK" in os.environ else "none"
     found = {}
     for case in cases:
+        if case == "fsdp":
+            found[case] = _sharded(answer.with_name("sharded"))
+            continue
         batch, accumulated, bits = map(int, case.split(","))
         runner = build_runner(
             _config(answer.with_name(f"{answer.stem}-{case}"), batch, accumulated, bits, launcher)
@@ -121,6 +150,7 @@ def main(answer: Path, cases: list[str]) -> None:
         found[case] = dict(
             losses=curve.losses,
             samples=curve.samples,
+            weights=sum(value.numel() for value in weights.values()),
             sums=[value.double().sum().item() for value in weights.values()],
             sizes=[value.double().norm().item() for value in weights.values()],
             wrapper=type(runner.model).__name__,

@@ -17,17 +17,21 @@ class KillRank(Hook):
     """End process ``rank`` by SIGKILL, once: at the begin of iteration ``iteration``, or while its checkpoint is saved.
 
     Args:
-        folder: Where the file "killed" keeps a second start from being killed, too.
+        mark: A file that is made then, and keeps a second start from being killed, too.
         rank: Who.
         iteration: When, counted from 1.
         saving: Not before that iteration, but in the save that follows it: everything is on the disk, nothing has its
             name yet.
+        number: Another signal.
     """
 
     priority = "VERY_LOW"
 
-    def __init__(self, folder: str, rank: int, iteration: int, saving: bool = False) -> None:
-        self.done, self.rank, self.iteration, self.saving = Path(folder, "killed"), rank, iteration, saving
+    def __init__(
+        self, mark: str, rank: int, iteration: int, saving: bool = False, number: int = signal.SIGKILL
+    ) -> None:
+        self.done, self.rank, self.iteration, self.saving = Path(mark), rank, iteration, saving
+        self.number = number
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         if not self.saving and runner.iter + 1 == self.iteration:
@@ -40,4 +44,4 @@ class KillRank(Hook):
     def _kill(self) -> None:
         if dist.get_rank() == self.rank and not self.done.exists():
             self.done.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)

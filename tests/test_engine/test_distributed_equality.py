@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("mmengine")
 
+from mmvmamba.checkpoints import read_checkpoint
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TOGETHER, UPDATES = 8, 8
@@ -41,8 +43,10 @@ def answers(tmp_path_factory):
     """What one process and what two have found, per case."""
     folder = tmp_path_factory.mktemp("equality")
     return {
+        "folder": folder,
         1: _answers(folder, "one", [], ["8,1,32", "8,1,64", "4,2,32", "4,2,64"]),
-        2: _answers(folder, "two", ["-m", "mmvmamba.loopback", "--nproc-per-node", "2"], ["4,1,32", "4,1,64", "2,2,64"]),
+        2: _answers(folder, "two", ["-m", "mmvmamba.loopback", "--nproc-per-node", "2"],
+                    ["4,1,32", "4,1,64", "2,2,64", "fsdp"]),
     }  # fmt: skip
 
 
@@ -71,8 +75,30 @@ def test_same_loss_curve_as_one_process_with_the_whole_batch(answers, processes,
     assert worst < TOLERANCE[bits] and weights < TOLERANCE[bits]
 
 
+def test_sharded_training_has_the_same_curve_and_resumes(answers):
+    """FSDP by ``configs/det/_base_/fsdp.py``, through what ``tools/train.py`` does."""
+    sharded, copied = answers[2]["fsdp"], answers[2]["4,1,32"]
+    worst = np.abs(np.array(sharded["whole"]) / np.array(copied["losses"]) - 1).max()
+    print(f"FSDP and DDP: losses differ by {worst:.1e}")
+    assert worst < TOLERANCE[32]
+    assert sharded["resumed"] == sharded["whole"][UPDATES // 2 :]
+    assert "Resuming from" in sharded["resumed notes"][0]
+    assert {"NonFiniteHook", "CheckpointCheckHook", "PlainFormHook"} < set(sharded["hooks"])
+    # Each block is a group of its own, the rest is another; a process holds half of everything.
+    assert sharded["groups"] == ["NetWithoutBatchNorm"] + ["VSSBlock"] * sharded["blocks"]
+    assert sharded["held"] == pytest.approx(copied["weights"] / 2, rel=0.01)
+
+
+def test_checkpoint_of_a_sharded_training_is_an_ordinary_one(answers):
+    content = read_checkpoint(answers["folder"] / "sharded" / "iter_8.pth")
+    assert sum(value.numel() for value in content["state_dict"].values()) == answers[2]["4,1,32"]["weights"]
+    assert not any("module" in name for name in content["state_dict"])
+    assert content["meta"]["iter"] == UPDATES and "config_text" in content
+
+
 def test_no_search_for_unused_parameters(answers):
-    for answer in answers[2].values():
+    for case in ("4,1,32", "4,1,64", "2,2,64"):
+        answer = answers[2][case]
         assert (answer["wrapper"], answer["unused"]) == ("MMDistributedDataParallel", False)
     for answer in answers[1].values():
         assert (answer["wrapper"], answer["unused"]) == ("NetWithoutBatchNorm", None)

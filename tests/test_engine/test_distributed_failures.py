@@ -32,7 +32,7 @@ def _write_config(folder: Path, **kill: object) -> Path:
     cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=2, by_epoch=False)
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != "mmvmamba.RandomStateHook"]
     if kill:
-        cfg.custom_hooks = [*cfg.custom_hooks, dict(type="mmengine.KillRank", folder=str(folder), **kill)]
+        cfg.custom_hooks = [*cfg.custom_hooks, dict(type="mmengine.KillRank", mark=str(folder / "killed"), **kill)]
     cfg.randomness.diff_rank_seed = True
     cfg.work_dir = str(folder / "work")
     cfg.log_level = "INFO"
@@ -77,29 +77,30 @@ def undisturbed(tmp_path_factory):
     return _final_state(folder)
 
 
-def test_a_killed_process_ends_the_training(tmp_path):
+def _restarted(folder: Path, expected: dict[str, object], **kill: object) -> None:
+    code, output, seconds = _train(_write_config(folder, **kill), MAX_RESTARTS="1")
+    assert (folder / "killed").exists(), output
+    assert code == 0 and seconds < 2 * LIMIT, output  # and the other half of the training
+    assert "Resuming from" in output
+    assert differences(expected, _final_state(folder)) == []
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_training_and_a_restart_loses_nothing(tmp_path, undisturbed):
+    """Process 1 in an iteration, without restarts; then process 0 while it saves, with one."""
     code, output, seconds = _train(_write_config(tmp_path, rank=1, iteration=5))
     assert (tmp_path / "killed").exists(), output
     assert code != 0 and seconds < LIMIT, output
     assert "Signal 9 (SIGKILL)" in output  # torchrun names who failed first
     assert read_checkpoint(tmp_path / "work" / "iter_4.pth")["meta"]["iter"] == 4
     assert not (tmp_path / "work" / "iter_6.pth").exists()
-
-
-def _restarted(folder: Path, expected: dict[str, object], **kill: object) -> None:
-    code, output, seconds = _train(_write_config(folder, **kill), MAX_RESTARTS="1")
-    assert (folder / "killed").exists(), output
-    assert code == 0 and seconds < LIMIT + 60, output
-    assert "Resuming from" in output
-    assert differences(expected, _final_state(folder)) == []
+    (tmp_path / "killed").unlink()
+    _restarted(tmp_path, undisturbed, rank=0, iteration=6, saving=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kill", [dict(rank=1, iteration=6), dict(rank=0, iteration=6, saving=True)], ids=["training", "saving"]
-)
-def test_a_restart_ends_where_the_undisturbed_training_ends(tmp_path, undisturbed, kill):
-    _restarted(tmp_path, undisturbed, **kill)
+def test_a_restart_in_the_middle_of_an_iteration_loses_nothing(tmp_path, undisturbed):
+    _restarted(tmp_path, undisturbed, rank=1, iteration=6)
 
 
 @pytest.mark.soak
@@ -109,3 +110,53 @@ def test_many_restarts(tmp_path, undisturbed, trial):
     saving = trial % 3 == 0
     iteration = 2 * draw.randint(2, LENGTH // 2) if saving else draw.randint(3, LENGTH)
     _restarted(tmp_path, undisturbed, rank=0 if saving else trial % 2, iteration=iteration, saving=saving)
+
+
+#: Stand-ins of Slurm's programs: sbatch runs the job at once, srun its tasks on this machine; a job that is queued again
+#: runs again when it has ended.
+_SBATCH = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+export SLURM_JOB_ID=$RANDOM SLURM_JOB_NODELIST=node1 SLURM_JOB_NUM_NODES=1 SLURM_CPUS_PER_TASK=1
+"$@"
+echo "job ended with $?" >&2
+if [[ -e $STATE/requeued ]]; then
+  rm "$STATE/requeued"
+  exec "$@"
+fi
+"""
+_SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+code=0 tasks=()
+for rank in 0 1; do
+  SLURM_PROCID=$rank SLURM_NTASKS=2 SLURM_LOCALID=$rank "$@" & tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || { this=$?; (( this > code )) && code=$this; }; done
+exit "$code"
+"""
+_SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == requeue ]]; then touch "$STATE/requeued"; else echo node1; fi
+"""
+
+
+@pytest.mark.slow
+def test_a_slurm_job_whose_time_is_up_saves_and_goes_on(tmp_path, undisturbed):
+    """SIGUSR1 reaches one task; both save and end with 138, the job is queued again and ends as if nothing had been."""
+    path = _write_config(tmp_path, rank=1, iteration=6, number=int(signal.SIGUSR1))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("sbatch", _SBATCH), ("srun", _SRUN), ("scontrol", _SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "SLURM_", "RANK"))}
+    result = subprocess.run(
+        ["bash", str(ROOT / "tools/slurm_train.sh"), "part", "name", str(path), str(tmp_path / "work")],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={**clean, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "STATE": str(tmp_path), "GPUS": "2",
+             "PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert "SIGUSR1 has ended the training after iteration 6; its checkpoint is" in output
+    assert "job ended with 138" in output and "queued again to go on" in output
+    assert f"Resuming from {tmp_path / 'work' / 'iter_6.pth'}" in output
+    assert differences(undisturbed, _final_state(tmp_path)) == []
