@@ -7,6 +7,7 @@ MMEngine's own start needs a GPU, and under Slurm runs a text of the environment
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -17,6 +18,7 @@ import torch
 from mmengine import dist
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from torch import distributed as torch_dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # exported, but not by name
 
@@ -30,8 +32,8 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 #: Seconds that a process waits for the others before it gives up, unless env_cfg.dist_cfg.timeout says otherwise.
 _TIMEOUT = 1800
-#: FSDP's "full", but for offload_to_cpu: parameters that are on the CPU are freed under the state dict then, and reading
-#: it crashes (PyTorch 2.11).
+#: FSDP's "full", but for offload_to_cpu: parameters that are on the CPU are freed under the state dict then, and
+#: reading it crashes (PyTorch 2.11).
 _FULL_WITHOUT_OFFLOAD = dict(
     state_dict_type="FULL_STATE_DICT",
     state_dict_config=dict(type="FullStateDictConfig", rank0_only=True, offload_to_cpu=False),
@@ -68,6 +70,9 @@ def join_processes(cfg: Config) -> None:
     cfg.launcher = "pytorch"  # under Slurm, too: the environment is that of torchrun now
     if device == "cpu":
         _wrap_without_devices(cfg)
+        if replaced := _without_synchronised_norms(cfg.get("model")):
+            text = f"{replaced} SyncBN of the config became BN: PyTorch has none for CPUs."
+            print_log(text, logger="current", level=logging.WARNING)
 
 
 def check_same_start(cfg: Config) -> None:
@@ -194,6 +199,18 @@ def _wrap_without_devices(cfg: Config) -> None:
         if strategy.get("state_dict_cfg") == "full":
             strategy["state_dict_cfg"] = ConfigDict(_FULL_WITHOUT_OFFLOAD)
     cfg.strategy = strategy
+
+
+def _without_synchronised_norms(settings: Any) -> int:
+    """Replace ``SyncBN`` by ``BN`` in the config of a model, in place; return how often."""
+    if isinstance(settings, list):
+        return sum(map(_without_synchronised_norms, settings))
+    if not isinstance(settings, dict):
+        return 0
+    own = settings.get("type") in ("SyncBN", "mmcv.SyncBN")
+    if own:
+        settings["type"] = "BN"
+    return own + sum(map(_without_synchronised_norms, settings.values()))
 
 
 def _without_devices(cfg: Config, wrapper: Mapping[str, Any] | None) -> ConfigDict:

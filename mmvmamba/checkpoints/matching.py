@@ -172,7 +172,7 @@ def is_twin(module: nn.Module) -> bool:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether parts of a module are in FSDP's wrappers: its own tensors are shares, which say nothing of shapes."""
+    """Return whether parts of a module are in FSDP's wrappers: its tensors are shares, which say nothing of shapes."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it, which takes a while
     return fsdp is not None and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in module.modules())
 

@@ -12,9 +12,9 @@ from mmvmamba.registry import FUNCTIONS
 def wrap_vss_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:  # noqa: ARG001 (FSDP's signature)
     """Wrap each VSS block by itself, and nothing else; the rest of the model is one group.
 
-    For ``auto_wrap_policy="mmvmamba.wrap_vss_blocks"`` of MMEngine's ``MMFullyShardedDataParallel``. A block is used as a
-    whole, so that its parameters are gathered once per pass and freed behind it; most parameters of a backbone are in
-    its blocks. (Heads of detectors call parts of themselves by name, which a wrapped part may not survive.)
+    For ``auto_wrap_policy="mmvmamba.wrap_vss_blocks"`` of MMEngine's ``MMFullyShardedDataParallel``. A block is used as
+    a whole, so that its parameters are gathered once per pass and freed behind it; most parameters of a backbone are
+    in its blocks. (Heads of detectors call parts of themselves by name, which a wrapped part may not survive.)
 
     Args:
         module: What FSDP asks about.

@@ -1,4 +1,4 @@
-"""MMEngine's strategy for FSDP, able to resume. Imported only where a config names it: ``mmengine._strategy`` is large."""
+"""MMEngine's strategy for FSDP, able to resume; imported only where a config names it, as MMEngine's part is large."""
 
 from __future__ import annotations
 

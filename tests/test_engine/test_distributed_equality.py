@@ -21,8 +21,8 @@ TOGETHER, UPDATES = 8, 8
 
 #: Bits -> the largest relative difference of the loss in any of the updates: 100 units of rounding of the type (1.2e-7,
 #: 2.2e-16). The sums over samples are the same in another order, which is a few roundings in each gradient, and the net
-#: and momentum pass them on over eight updates; found: 25 and 20 units. A wrong factor (a sum in place of a mean, a batch
-#: that counts twice) changes the second loss by more than 1e-2.
+#: and momentum pass them on over eight updates; found: 25 and 22 units at most. A wrong factor (a sum in place of a
+#: mean, a batch that counts twice) changes the curve by more than 1e-2.
 TOLERANCE = {32: 1.2e-5, 64: 2.2e-14}
 
 

@@ -112,8 +112,8 @@ def test_many_restarts(tmp_path, undisturbed, trial):
     _restarted(tmp_path, undisturbed, rank=0 if saving else trial % 2, iteration=iteration, saving=saving)
 
 
-#: Stand-ins of Slurm's programs: sbatch runs the job at once, srun its tasks on this machine; a job that is queued again
-#: runs again when it has ended.
+#: Stand-ins of Slurm's programs: sbatch runs the job at once, srun its tasks on this machine; a job that is queued
+#: again runs again when it has ended.
 _SBATCH = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 export SLURM_JOB_ID=$RANDOM SLURM_JOB_NODELIST=node1 SLURM_JOB_NUM_NODES=1 SLURM_CPUS_PER_TASK=1

@@ -1,5 +1,5 @@
-# Shard parameters, gradients and optimizer state over the GPUs (docs/distributed.md). A config takes it as one more base:
-#     _base_ = ["../vmamba/mask-rcnn_vmamba-base-s2l15_fpn_1x_coco.py", "../_base_/fsdp.py"]
+# Shard parameters, gradients and optimizer state over the GPUs. A config takes it as one more base, beside that of its
+# model: docs/distributed.md.
 runner_type = "FlexibleRunner"
 strategy = dict(
     type="mmvmamba.FSDPStrategy",

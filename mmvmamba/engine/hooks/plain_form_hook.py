@@ -17,9 +17,9 @@ from mmvmamba.registry import HOOKS
 class PlainFormHook(Hook):
     """Store only tensors and plain values, and turn them back when the training resumes (``engine.plain_form``).
 
-    ``mmvmamba.CheckpointHook`` does the same and more, but writes files in a way that only ``Runner`` knows. Without the
-    plain form a checkpoint of ``FlexibleRunner`` could not be read again: ours refuses objects, and the tensors that FSDP
-    gathers carry a mark of its own that is stored as one.
+    ``mmvmamba.CheckpointHook`` does the same and more, but writes files in a way that only ``Runner`` knows. Without
+    the plain form a checkpoint of ``FlexibleRunner`` might not be read again: our reader refuses objects, and tensors
+    that FSDP gathers carry a mark of its own that is stored as one.
     """
 
     # After the hooks that put something into a checkpoint.
