@@ -123,13 +123,17 @@ def _refuse_strangers() -> None:
 
 
 def _strategy(cfg: Config) -> str:
-    kind = (cfg.get("strategy") or {}).get("type", "")
+    return _class_name(cfg.get("strategy") or {})
+
+
+def _class_name(part: Any) -> str:
+    """Return the bare name of a class that a config names, with or without scope, or has built already."""
+    kind = part.get("type", "") if isinstance(part, dict) else type(part)
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 
 def _refuse_averages_of_shares(cfg: Config) -> None:
-    hooks = [hook.get("type") if isinstance(hook, dict) else type(hook) for hook in cfg.get("custom_hooks") or []]
-    names = [kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__ for kind in hooks]
+    names = [_class_name(hook) for hook in cfg.get("custom_hooks") or []]
     if _strategy(cfg) == "FSDPStrategy" and "EMAHook" in names:
         raise ConfigError(
             "custom_hooks has EMAHook and strategy is FSDPStrategy, expected one of them: the hook averages whole "

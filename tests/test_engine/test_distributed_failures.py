@@ -23,16 +23,20 @@ LENGTH = 10
 LIMIT = 60.0  # seconds between a kill and the end (D8)
 
 
-def _write_config(folder: Path, **kill: object) -> Path:
-    """Write a config of ``LENGTH`` iterations with a checkpoint after each second one, on stock hooks and loop."""
+def _write_config(folder: Path, *kills: dict[str, object]) -> Path:
+    """Write a config of ``LENGTH`` iterations with a checkpoint after each second one, on stock hooks and loop.
+
+    Each of ``kills`` happens once, however often the training is started.
+    """
     cfg = config("unused", by_epoch=False, length=LENGTH, val_interval=4)
     cfg.default_scope = "mmpretrain"
     cfg.custom_imports = dict(imports=["random_training", "killed_ranks"], allow_failed_imports=False)
     cfg.train_cfg = dict(by_epoch=False, max_iters=LENGTH, val_interval=4)
     cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=2, by_epoch=False)
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != "mmvmamba.RandomStateHook"]
-    if kill:
-        cfg.custom_hooks = [*cfg.custom_hooks, dict(type="mmengine.KillRank", mark=str(folder / "killed"), **kill)]
+    for number, kill in enumerate(kills):
+        mark = str(folder / f"killed-{number}")
+        cfg.custom_hooks = [*cfg.custom_hooks, dict(type="mmengine.KillRank", mark=mark, **kill)]
     cfg.randomness.diff_rank_seed = True
     cfg.work_dir = str(folder / "work")
     cfg.log_level = "INFO"
@@ -42,7 +46,7 @@ def _write_config(folder: Path, **kill: object) -> Path:
 
 
 def _train(path: Path, *arguments: str, **environment: str) -> tuple[int, str, float]:
-    """Return the exit code, the output, and the seconds from the kill, if there was one, to the end."""
+    """Return the exit code, the output, and the seconds from the last kill, if there was one, to the end."""
     process = subprocess.Popen(
         ["bash", str(ROOT / "tools/dist_train.sh"), str(path), "2", *arguments],
         cwd=path.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -54,8 +58,8 @@ def _train(path: Path, *arguments: str, **environment: str) -> tuple[int, str, f
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    killed = path.parent / "killed"
-    return process.returncode, output, time.time() - killed.stat().st_mtime if killed.exists() else 0.0
+    last = max((mark.stat().st_mtime for mark in path.parent.glob("killed-*")), default=time.time())
+    return process.returncode, output, time.time() - last
 
 
 def _final_state(folder: Path) -> dict[str, object]:
@@ -77,30 +81,28 @@ def undisturbed(tmp_path_factory):
     return _final_state(folder)
 
 
-def _restarted(folder: Path, expected: dict[str, object], **kill: object) -> None:
-    code, output, seconds = _train(_write_config(folder, **kill), MAX_RESTARTS="1")
-    assert (folder / "killed").exists(), output
-    assert code == 0 and seconds < 2 * LIMIT, output  # and the other half of the training
+def _restarted(folder: Path, expected: dict[str, object], *kills: dict[str, object]) -> None:
+    code, output, seconds = _train(_write_config(folder, *kills), MAX_RESTARTS=str(len(kills)))
+    assert len(list(folder.glob("killed-*"))) == len(kills), output
+    assert code == 0 and seconds < 2 * LIMIT, output  # and the rest of the training
     assert "Resuming from" in output
     assert differences(expected, _final_state(folder)) == []
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_training_and_a_restart_loses_nothing(tmp_path, undisturbed):
-    """Process 1 in an iteration, without restarts; then process 0 while it saves, with one."""
-    code, output, seconds = _train(_write_config(tmp_path, rank=1, iteration=5))
-    assert (tmp_path / "killed").exists(), output
+def test_a_killed_process_ends_the_training(tmp_path):
+    code, output, seconds = _train(_write_config(tmp_path, dict(rank=1, iteration=5)))
+    assert (tmp_path / "killed-0").exists(), output
     assert code != 0 and seconds < LIMIT, output
     assert "Signal 9 (SIGKILL)" in output  # torchrun names who failed first
     assert read_checkpoint(tmp_path / "work" / "iter_4.pth")["meta"]["iter"] == 4
     assert not (tmp_path / "work" / "iter_6.pth").exists()
-    (tmp_path / "killed").unlink()
-    _restarted(tmp_path, undisturbed, rank=0, iteration=6, saving=True)
 
 
 @pytest.mark.slow
-def test_a_restart_in_the_middle_of_an_iteration_loses_nothing(tmp_path, undisturbed):
-    _restarted(tmp_path, undisturbed, rank=1, iteration=6)
+def test_restarts_end_where_the_undisturbed_training_ends(tmp_path, undisturbed):
+    """Two trials in one training: process 0 while it saves, then process 1 in an iteration."""
+    _restarted(tmp_path, undisturbed, dict(rank=0, iteration=4, saving=True), dict(rank=1, iteration=8))
 
 
 @pytest.mark.soak
@@ -109,7 +111,7 @@ def test_many_restarts(tmp_path, undisturbed, trial):
     draw = random.Random(trial)
     saving = trial % 3 == 0
     iteration = 2 * draw.randint(2, LENGTH // 2) if saving else draw.randint(3, LENGTH)
-    _restarted(tmp_path, undisturbed, rank=0 if saving else trial % 2, iteration=iteration, saving=saving)
+    _restarted(tmp_path, undisturbed, dict(rank=0 if saving else trial % 2, iteration=iteration, saving=saving))
 
 
 #: Stand-ins of Slurm's programs: sbatch runs the job at once, srun its tasks on this machine; a job that is queued
@@ -141,7 +143,7 @@ if [[ $1 == requeue ]]; then touch "$STATE/requeued"; else echo node1; fi
 @pytest.mark.slow
 def test_a_slurm_job_whose_time_is_up_saves_and_goes_on(tmp_path, undisturbed):
     """SIGUSR1 reaches one task; both save and end with 138, the job is queued again and ends as if nothing had been."""
-    path = _write_config(tmp_path, rank=1, iteration=6, number=int(signal.SIGUSR1))
+    path = _write_config(tmp_path, dict(rank=1, iteration=6, number=int(signal.SIGUSR1)))
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("sbatch", _SBATCH), ("srun", _SRUN), ("scontrol", _SCONTROL)):

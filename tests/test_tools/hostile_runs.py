@@ -65,10 +65,10 @@ def _run(folder: Path, tool: str, arguments: list[str]) -> tuple[int, str]:
 def main(folder: Path) -> None:
     import mmpretrain.datasets
     import mmpretrain.models  # noqa: F401
+    from hostile_names import HOSTILE
 
     import mmvmamba.apis
     import mmvmamba.models  # noqa: F401
-    from tests.test_tools.hostile_names import HOSTILE
 
     answers = [
         [tool, arguments, *_run(folder, tool, arguments)] for name in HOSTILE for tool, arguments in _calls(name)
