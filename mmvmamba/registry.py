@@ -7,11 +7,13 @@ Importing this module also makes MMEngine read every checkpoint of the process w
 nothing that a file holds (``mmvmamba.checkpoints.mmengine_loader``).
 """
 
+from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
 from mmvmamba.checkpoints.mmengine_loader import install as _install_checkpoint_loader
@@ -36,4 +38,18 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=["mmvmamba.engine"],
 )
 
-__all__ = ["HOOKS", "LOOPS", "MODELS", "OPTIM_WRAPPERS", "OPTIM_WRAPPER_CONSTRUCTORS"]
+FUNCTIONS = Registry("function", parent=MMENGINE_FUNCTIONS, scope="mmvmamba", locations=["mmvmamba.engine"])
+
+STRATEGIES = Registry(
+    "strategy", parent=MMENGINE_STRATEGIES, scope="mmvmamba", locations=["mmvmamba.engine.strategies"]
+)
+
+__all__ = [
+    "FUNCTIONS",
+    "HOOKS",
+    "LOOPS",
+    "MODELS",
+    "OPTIM_WRAPPERS",
+    "OPTIM_WRAPPER_CONSTRUCTORS",
+    "STRATEGIES",
+]

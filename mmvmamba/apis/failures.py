@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmvmamba.engine import InterruptHook, LastBatchHook
 from mmvmamba.engine.batches import image_shapes
@@ -60,10 +61,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Run the main function of a command line and exit as a shell expects.
 
     0 after success, 1 with one line after an error that mmvmamba raises on purpose, 128 plus the number of the signal
-    that has ended a training. Other exceptions keep their traceback.
+    that has ended a training. Other exceptions keep their traceback. Under torchrun the first process that fails leaves
+    its exception for torchrun's summary.
     """
     try:
-        main()
+        record(main)()
     except TrainingInterrupted as stop:
         # The checkpoint is written: what the scheduler sends now must not change the exit code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -45,6 +45,7 @@ def use_our_checkpoint_hook(cfg: Config) -> str | None:
     MMEngine's.
     """
     if cfg.get("runner_type", "Runner") != "Runner":
+        add_hook(cfg, "PlainFormHook")
         return "Checkpoints are saved by MMEngine's own hook, as the runner is another one: a crash may cost them."
     if cfg.get("default_hooks") is None:
         cfg.default_hooks = ConfigDict()

@@ -16,6 +16,7 @@ from mmengine.config import utils as config_utils
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmvmamba.apis.distributed import check_same_start, join_processes
 from mmvmamba.apis.guards import guard_loading, guard_training
 from mmvmamba.apis.precision import choose_precision
 from mmvmamba.apis.resume import Note, choose_start
@@ -169,8 +170,10 @@ def prepare_testing(
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner the config asks for, with the check of everything it loads."""
+    """Join the other processes and build the runner the config asks for, with the check of everything it loads."""
     guard_loading(cfg)
+    join_processes(cfg)
+    check_same_start(cfg)
     return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 

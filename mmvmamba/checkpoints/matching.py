@@ -7,6 +7,7 @@ nothing is skipped because it happens not to fit.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -148,10 +149,11 @@ def check_before_loading(
         allow_missing: See ``compare``.
 
     Raises:
-        CheckpointMismatch: If the state dict has an entry that begins with ``prefix`` and does not fit as a whole.
+        CheckpointMismatch: If the state dict has an entry that begins with ``prefix`` and does not fit as a whole. Of a
+            sharded module (FSDP) nothing is compared.
     """
     stored = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-    if stored and not is_twin(module):
+    if stored and not is_twin(module) and not is_sharded(module):
         check(
             module,
             stored,
@@ -167,6 +169,12 @@ def check_before_loading(
 def is_twin(module: nn.Module) -> bool:
     """Return whether a module is a copy that ``check`` made, to ask how the module would load."""
     return _TWIN in module.__dict__
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether parts of a module are in FSDP's wrappers: its tensors are shares, which say nothing of shapes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it, which takes a while
+    return fsdp is not None and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in module.modules())
 
 
 def check(

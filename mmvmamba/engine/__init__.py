@@ -6,12 +6,14 @@ from mmvmamba.engine.hooks import (
     InterruptHook,
     LastBatchHook,
     NonFiniteHook,
+    PlainFormHook,
     PreparesSave,
     PretrainedCheckHook,
     RandomStateHook,
 )
 from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmvmamba.engine.optimizers import Bfloat16OptimWrapper, SSMOptimWrapperConstructor
+from mmvmamba.engine.sharding import wrap_vss_blocks
 
 __all__ = [
     "Bfloat16OptimWrapper",
@@ -22,8 +24,10 @@ __all__ = [
     "IterBasedTrainLoop",
     "LastBatchHook",
     "NonFiniteHook",
+    "PlainFormHook",
     "PreparesSave",
     "PretrainedCheckHook",
     "RandomStateHook",
     "SSMOptimWrapperConstructor",
+    "wrap_vss_blocks",
 ]

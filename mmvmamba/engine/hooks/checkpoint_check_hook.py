@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import BaseOptimWrapper, OptimWrapperDict
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmvmamba.checkpoints.matching import check, check_entries, filled, renamed
+from mmvmamba.checkpoints.matching import check, check_entries, filled, is_sharded, renamed
 from mmvmamba.checkpoints.official import adapt, recognise
 from mmvmamba.errors import CheckpointMismatch
 from mmvmamba.models.pretrained import innermost
@@ -53,7 +54,8 @@ class CheckpointCheckHook(Hook):
             CheckpointMismatch: If a tensor is missing, unexpected, of another shape or dtype, or not finite; on a
                 resume also if the checkpoint is not that of a training like this one.
         """
-        source, model = repr(str(runner._load_from or "given to the runner")), innermost(runner.model)
+        source, sharded = repr(str(runner._load_from or "given to the runner")), is_sharded(runner.model)
+        model = _whole_twin(runner) if sharded else innermost(runner.model)
         stored = adapt(_without_wrapper(checkpoint.get("state_dict", checkpoint), source), source)
         if runner._resume:
             _check_state_of_training(runner, checkpoint, source)
@@ -68,9 +70,16 @@ class CheckpointCheckHook(Hook):
             match = check(model, stored, allow_missing=self.allow_missing, source=source, advice=_advice(stored, model))
         if "state_dict" not in checkpoint:
             checkpoint.clear()
-        # With the model's own values for what may be missing: MMEngine then has nothing to warn of.
-        checkpoint["state_dict"] = filled(model, match)
+        # With the model's own values for what may be missing: MMEngine then has nothing to warn of. FSDP leaves them as
+        # they are, and no process has all of them.
+        checkpoint["state_dict"] = dict(match.taken) if sharded else filled(model, match)
         runner.logger.info(match.line())
+
+
+def _whole_twin(runner: Runner) -> nn.Module:
+    """Return the model of a sharded training as it is without FSDP, without values: its own tensors are but shares."""
+    with torch.device("meta"):
+        return MODELS.build(runner.cfg.model)
 
 
 def _without_wrapper(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
