@@ -67,7 +67,7 @@ class Prediction:
             surest first. seg: ``classes``, each with ``label``, ``class`` and ``pixels``, the largest first. cls:
             ``classes``, the five surest, each with ``label``, ``class`` and ``score``. All: ``source``, ``height``,
             ``width``.
-        sample: The toolbox's own data sample, with all tensors.
+        sample: The toolbox's own data sample, with all tensors, on the CPU.
         labels: Of a segmentor, the label of each pixel (h, w).
         drawing: The picture with the answer drawn in, (h, w, 3) uint8 in the order RGB, if it was asked for.
     """
@@ -176,10 +176,10 @@ def _free(stem: str, taken: set[str]) -> str:
 
 
 def detection_record(sample: Any, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the instances of an mmdet ``DetDataSample`` as plain values, the surest first."""
+    """Return the instances of an mmdet ``DetDataSample`` on the CPU as plain values, the surest first."""
     from mmdet.structures.mask import encode_mask_results
 
-    found = sample.pred_instances.cpu()
+    found = sample.pred_instances
     order = found.scores.argsort(descending=True, stable=True).tolist()
     boxes, scores, labels = found.bboxes.tolist(), found.scores.tolist(), found.labels.tolist()
     masks = encode_mask_results(found.masks.numpy()) if "masks" in found else []
@@ -213,8 +213,8 @@ def segmentation_record(labels: Image, classes: Sequence[str]) -> dict[str, Any]
 
 
 def classification_record(sample: Any, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the surest classes of an mmpretrain ``DataSample``."""
-    scores, labels = sample.pred_score.cpu().sort(descending=True, stable=True)
+    """Return the surest classes of an mmpretrain ``DataSample`` on the CPU."""
+    scores, labels = sample.pred_score.sort(descending=True, stable=True)
     return {
         "classes": [
             {"label": label, "class": classes[label], "score": score}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from mmvmamba.errors import CheckpointError, ConfigError, nearest_spelling
 #: Task -> the library that serves it, which is also the config's ``default_scope``.
 SCOPES = {"det": "mmdet", "seg": "mmseg", "cls": "mmpretrain"}
 _VISUALIZERS = {"det": "DetLocalVisualizer", "seg": "SegLocalVisualizer"}
+#: Height and width.
+Shape = tuple[int, int]
 _CONFIG_ENDINGS = (".py", ".json", ".yaml", ".yml")
 
 
@@ -150,60 +152,58 @@ class Inferencer:
         for batch in self._batches(found, batch_size):
             with DefaultScope.overwrite_default_scope(SCOPES[self.task]):
                 collate = default_collate if self.task == "cls" else self.toolbox.collate_fn
-                samples = self.toolbox.forward(collate([data for _, data in batch]))
-            for (picture, _), sample in zip(batch, samples, strict=True):
-                answer = self._answer(picture, sample, draw, score_threshold)
+                samples = self.toolbox.forward(collate([data for _, _, data in batch]))
+            for (picture, shape, _), sample in zip(batch, samples, strict=True):
+                answer = self._answer(picture, shape, sample.cpu())
+                if draw:
+                    answer = replace(answer, drawing=self._drawn(picture, answer.sample, score_threshold))
                 if out_dir is not None:
                     answer.save(out_dir)
                 yield answer
 
-    def _batches(self, found: list[Picture], batch_size: int) -> Iterator[list[tuple[Picture, Any]]]:
-        batch: list[tuple[Picture, Any]] = []
+    def _batches(self, found: list[Picture], batch_size: int) -> Iterator[list[tuple[Picture, Shape, Any]]]:
+        """Yield pictures with their shapes and what the config's test pipeline makes of them."""
+        batch: list[tuple[Picture, Shape, Any]] = []
         for picture in found:
-            data = self._processed(picture)
+            shape, data = self._processed(picture)
             # mmdet pads the pictures of a batch to the largest, the others do not.
-            other = self.task != "det" and batch and batch[-1][1]["inputs"].shape != data["inputs"].shape
+            other = self.task != "det" and batch and batch[-1][2]["inputs"].shape != data["inputs"].shape
             if other:
                 yield batch
                 batch = []
-            batch.append((picture, data))
+            batch.append((picture, shape, data))
             if len(batch) == batch_size:
                 yield batch
                 batch = []
         if batch:
             yield batch
 
-    def _processed(self, picture: Picture) -> Any:
-        """Return a picture after the config's test pipeline."""
+    def _processed(self, picture: Picture) -> tuple[Shape, Any]:
         image = picture.read()  # also what finds a damaged file, with its name
+        shape = (image.shape[0], image.shape[1])
         if self.task != "cls":
-            return self.toolbox.pipeline(picture.given)
-        shape = image.shape[:2]
-        return self.toolbox.pipeline(dict(img=image, img_shape=shape, ori_shape=shape))
+            return shape, self.toolbox.pipeline(picture.given)
+        return shape, self.toolbox.pipeline(dict(img=image, img_shape=shape, ori_shape=shape))
 
-    def _answer(self, picture: Picture, sample: Any, draw: bool, score_threshold: float) -> Prediction:
-        image, labels = picture.read(), None
-        height, width = image.shape[:2]
-        if self.task == "det":
-            record = detection_record(sample, self.classes)
-        elif self.task == "seg":
-            labels = sample.pred_sem_seg.data[0].cpu().numpy()
+    def _answer(self, picture: Picture, shape: Shape, sample: Any) -> Prediction:
+        labels = sample.pred_sem_seg.data[0].numpy() if self.task == "seg" else None
+        if labels is not None:
             record = segmentation_record(labels, self.classes)
+        elif self.task == "det":
+            record = detection_record(sample, self.classes)
         else:
             record = classification_record(sample, self.classes)
-        record = {"source": picture.source, "height": height, "width": width, **record}
-        drawing = self._drawn(image[..., ::-1].copy(), sample, score_threshold) if draw else None
-        return Prediction(picture.source, picture.name, record, sample, labels, drawing)
+        record = {"source": picture.source, "height": shape[0], "width": shape[1], **record}
+        return Prediction(picture.source, picture.name, record, sample, labels)
 
-    def _drawn(self, image: Any, sample: Any, score_threshold: float) -> Any:
-        visualizer = self.toolbox.visualizer
+    def _drawn(self, picture: Picture, sample: Any, score_threshold: float) -> Any:
+        image, visualizer = picture.read()[..., ::-1].copy(), self.toolbox.visualizer
         if self.task == "cls":
             visualizer.visualize_cls(image, sample, classes=self.classes, draw_gt=False)
         elif self.task == "det":
-            sample = sample.cpu()
             visualizer.add_datasample("", image, sample, draw_gt=False, pred_score_thr=score_threshold)
         else:
-            visualizer.add_datasample("", image, sample.cpu(), draw_gt=False)
+            visualizer.add_datasample("", image, sample, draw_gt=False)
         return visualizer.get_image()
 
 
