@@ -99,7 +99,8 @@ def test_labels_of_pixels_are_those_of_the_toolbox(ready, scenes, folder):
     for entry in ours.record["classes"]:
         assert entry["pixels"] == (theirs == entry["label"]).sum()
         assert entry["class"] == NAMES["seg"][entry["label"]]
-    assert sum(entry["pixels"] for entry in ours.record["classes"]) == theirs.size
+    pixels = [entry["pixels"] for entry in ours.record["classes"]]
+    assert pixels == sorted(pixels, reverse=True) and sum(pixels) == theirs.size
 
 
 def test_classes_are_those_of_the_toolbox(ready, scenes, folder):
@@ -317,6 +318,7 @@ def test_a_config_in_memory_stays_as_it_was(folder, ready, scenes):
     scope = DefaultScope.get_current_instance()
     loaded = inferencer("seg", cfg, folder / "seg.pth", "cpu")
     assert _plain(loaded(scenes[0], draw=True)[0]) == _plain(ready["seg"](scenes[0])[0])
+    assert loaded.toolbox.visualizer._vis_backends == {}
     assert cfg.pretty_text == before
     assert DefaultScope.get_current_instance() is scope
 
