@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,3 +12,14 @@ import torch
 def _seed() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits data set in a small size, for reading only: 16 scenes to train on and 12 others."""
+    from mmvmamba.datasets import DigitsSettings, write_digits
+
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("digits") / "data"
+    write_digits(folder, DigitsSettings(train=16, val=12, train_crops=40, val_crops=20))
+    return folder

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OWN = ("mmvmamba", "tools", "scripts", "benchmarks", "configs", "setup.py")
+OWN = ("mmvmamba", "tools", "demo", "scripts", "benchmarks", "configs", "setup.py")
 TESTS = ("tests",)
 
 _READERS = ("torch.load", "torch.jit.load", "torch.hub.load", "torch.hub.load_state_dict_from_url")
@@ -153,7 +153,7 @@ def _excused(rule: str, path: str) -> bool:
 def test_own_sources():
     # Asserts of the package might be meant for inputs; those of scripts and benchmarks help the type checker.
     found = [
-        *_found(("mmvmamba", "tools", "configs")),
+        *_found(("mmvmamba", "tools", "demo", "configs")),
         *_found(("scripts", "benchmarks", "setup.py"), without=("assert",)),
     ]
     assert [each for each in found if not _excused(*each[:2])] == []

@@ -23,6 +23,8 @@ from mmvmamba.apis.resume import Note, choose_start
 from mmvmamba.checkpoints.mmengine_loader import located
 from mmvmamba.errors import CheckpointError, ConfigError
 
+#: What the numbers of each class of a classifier begin with.
+PER_CLASS = "per-class"
 SCOPES = ("mmdet", "mmseg", "mmpretrain")
 _DET_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
@@ -134,6 +136,7 @@ def prepare_testing(
     out: str | None = None,
     show_dir: str | None = None,
     tta: bool = False,
+    per_class: bool = False,
 ) -> None:
     """Apply the flags of testing to ``cfg`` in place.
 
@@ -143,6 +146,7 @@ def prepare_testing(
         out: Where predictions go: a ``.pkl`` file for mmdet and mmpretrain, a folder of label images for mmseg.
         show_dir: Folder for drawn predictions.
         tta: Use test-time augmentation.
+        per_class: Evaluate each class, too. Segmentors always are.
 
     Raises:
         CheckpointError: If the checkpoint does not exist, or is a URL of a kind that is not served.
@@ -165,6 +169,8 @@ def prepare_testing(
         _draw_predictions(cfg, str(Path(show_dir).absolute()))
     if out is not None:
         _save_predictions(cfg, out)
+    if per_class:
+        _evaluate_classes(cfg)
     if tta:
         _augment_test(cfg)
 
@@ -204,6 +210,22 @@ def _save_predictions(cfg: Config, out: str) -> None:
         )
     dump = "DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults"
     cfg.test_evaluator = [*_as_list(cfg.test_evaluator), dict(type=dump, out_file_path=out)]
+
+
+def _evaluate_classes(cfg: Config) -> None:
+    evaluators = _as_list(cfg.test_evaluator)
+    if cfg.default_scope == "mmdet":
+        of_coco = [evaluator for evaluator in evaluators if evaluator.type.endswith("CocoMetric")]
+        if not of_coco:
+            raise ConfigError(
+                f"--per-class: test_evaluator is {', '.join(evaluator.type for evaluator in evaluators)}, expected "
+                "CocoMetric or FasterCocoMetric, the ones with numbers of each class. Drop --per-class."
+            )
+        for evaluator in of_coco:
+            evaluator.classwise = True
+    elif cfg.default_scope == "mmpretrain":
+        items = ("precision", "recall", "f1-score", "support")
+        cfg.test_evaluator = [*evaluators, dict(type="SingleLabelMetric", average=None, items=items, prefix=PER_CLASS)]
 
 
 def _augment_test(cfg: Config) -> None:
