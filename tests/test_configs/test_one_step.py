@@ -5,15 +5,12 @@ Issue 6, done when 1. The budget is about 5 seconds a config on a quiet machine,
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmvmamba.apis import build_runner, prepare_training
@@ -22,13 +19,6 @@ from tests.test_configs.small_data import CONFIGS, IMAGES, SCOPES, name_of, smal
 #: Class of the models, and what an untrained one is measured by.
 SCORES = {"cls": "accuracy/top1", "det": "coco/bbox_mAP", "seg": "mIoU"}
 CLASSES = {"cls": 1000, "det": 80, "seg": 150}
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(Config, "pretty_text", "")  # yapf lays it out, which takes seconds
-    yield
-    gc.collect()  # runners hold their models in circles
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
