@@ -265,7 +265,8 @@ def test_official_files_of_whole_models_fit(path, name, tmp_path):
 
 def test_test_py_refuses_weights_of_another_model(tmp_path):
     data = tmp_path / "data"
-    (data / "crops/val/3").mkdir(parents=True)
+    for digit in range(10):
+        (data / f"crops/val/{digit}").mkdir(parents=True)
     (config,) = (ROOT / "configs/cls/digits").glob("*.py")
     _, _, good = _digits(tmp_path, "det")
     result = _run("test.py", str(config), good, "--work-dir", str(tmp_path / "work"), "--cfg-options",
