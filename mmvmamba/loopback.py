@@ -8,11 +8,13 @@ for one node; ``--rdzv-endpoint`` may name a port (default: a free one).
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # exported, but not by name
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -138,11 +140,16 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run torchrun on the loopback address."""
+    """Run torchrun on the loopback address; after a signal, end as a shell expects, with 128 plus its number."""
     from torch.distributed import run
 
     rendezvous_handler_registry.register(BACKEND, create_handler)
-    run.main([f"--rdzv-backend={BACKEND}", *(sys.argv[1:] if arguments is None else arguments)])
+    try:
+        run.main([f"--rdzv-backend={BACKEND}", *(sys.argv[1:] if arguments is None else arguments)])
+    except SignalException as stop:
+        # The processes got it, too, and had 30 seconds for it.
+        sys.stderr.write(f"interrupted: {signal.Signals(stop.sigval).name} has ended the launcher and its processes\n")
+        sys.exit(128 + stop.sigval)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ set -euo pipefail
 
 for name in SLURM_JOB_ID SLURM_JOB_NUM_NODES PORT; do
   # Bash would run what stands in brackets in a "number".
-  if [[ -n ${!name:-} && ! ${!name} =~ ^[0-9]+$ ]]; then
+  if [[ -n ${!name:-} && ! ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]]; then
     printf "error: %s is '%s', expected a whole number. Start with tools/slurm_train.sh or slurm_test.sh.\n" \
       "$name" "${!name}" >&2
     exit 2

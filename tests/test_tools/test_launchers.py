@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -119,7 +120,9 @@ def test_hostile_names_reach_the_tools_as_they_are(sandbox, name):
     assert not list(sandbox.rglob(CANARY)), f"{name!r} was run"
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+    "name", [*HOSTILE, f"1+a[$(touch {CANARY})]", "2 3", "08", "-1", "1e3", "99999999999999999999"]
+)
 def test_hostile_values_in_the_environment_run_nothing(sandbox, name):
     for variable in ("NNODES", "NODE_RANK", "PORT", "MAX_RESTARTS"):
         code, errors, words = _call(sandbox, "dist_train.sh", "c.py", "2", **{variable: name})
@@ -250,6 +253,11 @@ if rank == 0:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
                 print("listens", fields[1].split(":")[0])
+if "sleeping" in sys.argv:
+    import signal, time
+    signal.signal(signal.SIGTERM, lambda *_: (print("saved", rank, flush=True), os._exit(143)))
+    print("asleep", flush=True)
+    time.sleep(60)
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -302,6 +310,19 @@ def test_the_first_failure_is_shown_with_its_traceback(probes):
     summary = errors.rpartition("Root Cause")[2]
     assert "LookupError: nothing was found" in summary and "rank      : 1 " in summary
     assert time.monotonic() - began < 60
+
+
+def test_a_signal_to_the_launcher_reaches_the_processes(probes):
+    process = _start(probes, "2", "sleeping")
+    output = ""
+    while output.count("asleep") < 2:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        output += line
+    process.send_signal(signal.SIGTERM)
+    output, errors = _end(process, code=128 + signal.SIGTERM)
+    assert sorted(output.split()) == ["0", "1", "saved", "saved"]
+    assert "interrupted: SIGTERM has ended the launcher" in errors and "Traceback" not in errors
 
 
 @pytest.mark.slow
