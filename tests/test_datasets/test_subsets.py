@@ -63,6 +63,8 @@ def test_coco_of_some_classes(small_digits, tmp_path):
     small = _document(tmp_path)
     assert [entry["name"] for entry in small["categories"]] == ["3", "7"]  # in the order of the file, with their ids
     assert {entry["category_id"] for entry in small["annotations"]} <= {4, 8}
+    objects = {entry["image_id"] for entry in small["annotations"] if not entry["iscrowd"]}
+    assert {image["id"] for image in small["images"]} == objects  # none that holds other classes only
     with pytest.raises(DataError, match="class 'seven' is not among the categories of .*, expected one of 10"):
         subset_coco(small_digits, tmp_path / "x", **COCO, choice=Choice(3), classes=["seven"])
 
