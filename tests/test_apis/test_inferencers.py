@@ -288,32 +288,47 @@ def test_an_unknown_name_suggests_the_nearest():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_names_of_classes(task, tmp_path):
+def test_names_of_classes(task):
     """Those given, else the checkpoint's, else the config's: never COCO's or Cityscapes', never a wrong number."""
-    config, count = digits_config(task), len(NAMES[task])
-    own = [f"class {index}" for index in range(count)]
-    weights = nano_checkpoint(task, tmp_path, dataset_meta={"CLASSES": tuple(own)})
-    assert inferencer(task, config, weights, "cpu").classes == tuple(own)
-    assert inferencer(task, config, weights, "cpu", classes=NAMES[task]).classes == NAMES[task]
-    with pytest.raises(ConfigError, match=f"classes has 1 class names, expected {count}"):
-        inferencer(task, config, weights, "cpu", classes=["one"])
-    with pytest.raises(ConfigError, match="A single class needs a comma"):
-        inferencer(task, config, weights, "cpu", classes="one")
-    weights = nano_checkpoint(task, tmp_path, epoch=1)
+    from mmvmamba.apis.inferencers import SCOPES, _class_names
+
+    cfg, own = load_config(str(digits_config(task))), NAMES[task]
+    others = tuple(f"class {index}" for index in range(len(own)))
+
+    def names(given=None, **meta):
+        with DefaultScope.overwrite_default_scope(SCOPES[task]):
+            return _class_names(cfg, meta, given)[0]
+
+    for key in ("classes", "CLASSES"):
+        assert names(dataset_meta={key: list(others)}) == others
+        assert names(own, dataset_meta={key: others}) == own
+    assert names(CLASSES=others) == others  # as the first releases of the toolboxes wrote it
     if task == "cls":  # its names come from folders, which are not there
         with pytest.warns(UserWarning, match="they are called by their numbers"):
-            bare = inferencer(task, config, weights, "cpu")
-        assert bare.classes == tuple(map(str, range(10)))
+            assert names(epoch=1) == tuple(map(str, range(10)))
     else:
-        assert inferencer(task, config, weights, "cpu").classes == NAMES[task]
-    weights = nano_checkpoint(task, tmp_path, dataset_meta={"classes": tuple(range(3))})
-    with pytest.raises(ConfigError, match=f"the checkpoint has 3 class names, expected {count}"):
-        inferencer(task, config, weights, "cpu")
+        assert names(epoch=1) == own
+    for given, meta, message in [
+        (["one"], {}, f"classes has 1 class names, expected {len(own)}"),
+        ("one", {}, "A single class needs a comma"),
+        (None, {"dataset_meta": {"classes": (0, 1, 2)}}, f"the checkpoint has 3 class names, expected {len(own)}"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            names(given, **meta)
 
 
-def test_a_config_in_memory_stays_as_it_was(folder, ready, scenes):
+def test_names_of_classes_reach_the_answers(folder, ready, scenes):
+    names = [f"class {index}" for index in range(10)]
+    renamed = inferencer("cls", digits_config("cls"), folder / "cls.pth", "cpu", classes=names)
+    before, after = (answers(scenes[0])[0].record["classes"] for answers in (ready["cls"], renamed))
+    assert renamed.classes == tuple(names)
+    assert [entry["class"] for entry in after] == [f"class {entry['label']}" for entry in before]
+
+
+def test_a_config_in_memory_stays_as_it_was(folder, ready, scenes, tmp_path):
     cfg = load_config(str(digits_config("seg")))
-    cfg.vis_backends = cfg.visualizer.vis_backends = [dict(type="WandbVisBackend")]  # would ask a server
+    # One that would ask a server belongs here; this one writes files, so that a test can see it.
+    cfg.visualizer.vis_backends = [dict(type="LocalVisBackend", save_dir=str(tmp_path / "logged"))]
     before = cfg.pretty_text
     scope = DefaultScope.get_current_instance()
     loaded = inferencer("seg", cfg, folder / "seg.pth", "cpu")

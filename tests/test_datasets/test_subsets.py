@@ -63,6 +63,8 @@ def test_coco_of_some_classes(small_digits, tmp_path):
     small = _document(tmp_path)
     assert [entry["name"] for entry in small["categories"]] == ["3", "7"]  # in the order of the file, with their ids
     assert {entry["category_id"] for entry in small["annotations"]} <= {4, 8}
+    objects = {entry["image_id"] for entry in small["annotations"] if not entry["iscrowd"]}
+    assert {image["id"] for image in small["images"]} == objects  # none that holds other classes only
     with pytest.raises(DataError, match="class 'seven' is not among the categories of .*, expected one of 10"):
         subset_coco(small_digits, tmp_path / "x", **COCO, choice=Choice(3), classes=["seven"])
 
@@ -91,14 +93,22 @@ def test_several_splits_and_links(small_digits, tmp_path):
         subset_coco(small_digits, tmp_path, **COCO, choice=Choice(2))
 
 
-@pytest.mark.parametrize("name", ["../../outside.jpg", "/etc/passwd", "nowhere.jpg"])
-def test_names_that_lead_elsewhere(small_digits, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../../../outside.jpg", "leads out of"),
+        ("/etc/passwd", "leads out of"),
+        ("nowhere.jpg", "nowhere.jpg' does not exist"),
+    ],
+)
+def test_names_that_lead_elsewhere(small_digits, tmp_path, name, message):
     root = tmp_path / "root"
+    (tmp_path / "outside.jpg").touch()
     subset_coco(small_digits, root, **COCO, choice=Choice(2))
     document = _document(root)
     document["images"][1]["file_name"] = name
     (root / COCO["annotations"]).write_text(json.dumps(document))
-    with pytest.raises(DataError, match="leads out of|does not exist"):
+    with pytest.raises(DataError, match=message):
         subset_coco(root, tmp_path / "out", **COCO, choice=Choice(2))
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(DataError, match="is no path below the data set"):
