@@ -159,7 +159,8 @@ def _describe(cfg: Mapping[str, Any], split: str, dataset: Mapping[str, Any]) ->
     unclear = text is not None and (is_text or not text)
     known = tuple(getattr(kind, "METAINFO", {}).get("classes") or ()) or None
     foreign = layout is Layout.LABEL_PICTURES and known and not is_text and not set(text or ()) <= set(known)
-    entries = {name: value for name, value in dataset.items() if name not in ("type", "pipeline")}
+    # MMEngine notes in an inherited dict from which library it came ("_scope_"), and takes the note out when it builds.
+    entries = {name: value for name, value in dataset.items() if name not in ("type", "pipeline", "_scope_")}
     if unclear or foreign:  # the constructor would not have them
         entries = {name: value for name, value in entries.items() if name not in ("metainfo", "classes")}
     built = _built(kind, split, entries)

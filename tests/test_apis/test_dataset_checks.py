@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from mmvmamba.apis import check_data
+from mmvmamba.apis import check_data, load_config
 from mmvmamba.apis.dataset_checks import DataCheck
+from mmvmamba.apis.described_data import described_data
 from mmvmamba.datasets.checks import PictureOptions
 from mmvmamba.datasets.checks.classes import category_names
 from mmvmamba.datasets.checks.report import Report
@@ -22,6 +24,8 @@ from tests.test_datasets.planted import NAMES, sound, write_data
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +186,15 @@ def test_what_the_pipeline_reads_must_be_there(tmp_path):
     assert set(_checked(cfg).counts) == {"mask-missing"}
     cfg = _config(tmp_path, pipeline=[dict(type="LoadAnnotations", with_bbox=True)])
     assert dict(_checked(cfg, ["train"]).counts) == {}
+
+
+@pytest.mark.parametrize("name", [f"{task}/vmamba" for task in ("cls", "det", "seg")])
+def test_recipes_that_inherit_a_library_are_understood(name):
+    """What MMEngine notes in inherited dicts is no argument of a data set."""
+    config = sorted((ROOT / "configs" / name).glob("*tiny-s1l8*.py"))[0]
+    found = described_data(load_config(str(config)), ["train", "val", "test"])
+    assert [data.split for data in found] == ["train", "val", "test"]
+    assert all(len(data.classes or ()) in (80, 150, 1000) for data in found)
 
 
 def test_unknown_layouts_and_refused_arguments(root):
