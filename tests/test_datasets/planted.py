@@ -170,6 +170,7 @@ DEFECTS = [
     ("polygon odd", _shape([[6, 4, 20, 4, 20, 14, 6]]), "polygon-odd"),
     ("polygon of 2 points", _shape([[6, 4, 20, 4]]), "polygon-short"),
     ("second polygon short", _shape([[6, 4, 20, 4, 20, 14], [1, 2]]), "polygon-short"),
+    ("polygon short after one outside", _shape([[6, 4, 60, 4, 20, 14], [1, 2]]), "polygon-short"),
     ("polygon empty", _shape([[]]), "polygon-short"),
     ("polygon NaN first", _shape([[NAN, 4, 20, 4, 20, 14]]), "polygon-not-finite"),
     ("polygon NaN inside", _shape([[6, 4, 20, NAN, 20, 14]]), "polygon-not-finite"),

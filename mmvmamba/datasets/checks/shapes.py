@@ -48,7 +48,6 @@ def check_segmentation(segmentation: Any, height: int | None, width: int | None)
             problem = _check_polygon(polygon, height, width)
             if problem is not None:
                 yield problem
-                return
 
 
 def _check_polygon(polygon: Any, height: int | None, width: int | None) -> Problem | None:
