@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow the tests that take too long for every change, such as 50 trainings that are killed and resumed"
 	@echo "make test-gpu  the tests that need a CUDA GPU"
 	@echo "make check-gpu-code   compile the CUDA and Triton kernels without a GPU and judge their machine code; needs nvcc"
-	@echo "make lint      ruff, mypy and clang-format, changing nothing"
+	@echo "make lint      ruff, mypy, shellcheck and clang-format, changing nothing"
 	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make bench     time the operators at 224x224 against the reference and upstream's path (the rest: benchmarks/README.md)"
 	@echo "make bench-gpu the same on a CUDA GPU, bfloat16 (all of it in one go: scripts/gpu_session.py)"
@@ -50,6 +50,7 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/shellcheck -x -P . tools/*.sh
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc' -o -name '*.hh' | xargs .venv/bin/clang-format --dry-run -Werror
 
 format: install
