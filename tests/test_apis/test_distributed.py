@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from unittest import mock
 
 import pytest
@@ -25,11 +26,12 @@ SLURM = dict(SLURM_PROCID="3", SLURM_NTASKS="4", SLURM_LOCALID="1", MASTER_ADDR=
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """Nothing of a launcher; returns a function that sets variables."""
-    for name in _NAMES:
-        monkeypatch.delenv(name, raising=False)
-    return lambda values: [monkeypatch.setenv(name, value) for name, value in values.items()]
+def environment():
+    """Nothing of a launcher; returns a function that sets variables. What the code itself sets is undone, too."""
+    with mock.patch.dict(os.environ):
+        for name in _NAMES:
+            os.environ.pop(name, None)
+        yield os.environ.update
 
 
 @pytest.fixture
