@@ -20,10 +20,11 @@ SEG = str(ROOT / "configs/seg/vmamba/vmamba-tiny-s1l8_upernet_4xb4-160k_ade20k-5
 CLS = str(ROOT / "configs/cls/vmamba/vmamba-tiny-s1l8_8xb128_in1k.py")
 
 
-def _run(tool, *arguments):
+def _run(tool, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *arguments],
-        cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        cwd=ROOT, capture_output=True, text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", **environment},
     )  # fmt: skip
 
 
@@ -41,6 +42,16 @@ def test_help_and_unknown_flags(tool):
         result = _run(tool, DET, *(["x.pth"] if tool == "test.py" else []), flag, "x")
         assert result.returncode == 2
         assert "unrecognized arguments" in result.stderr
+
+
+@pytest.mark.parametrize("tool", ["train.py", "test.py"])
+def test_the_process_that_fails_leaves_its_error_to_torchrun(tool, tmp_path):
+    """``record`` of PyTorch writes the file, from which torchrun's summary takes the traceback."""
+    file = tmp_path / "error.json"
+    arguments = ["nothing.py", "x.pth"] if tool == "test.py" else ["nothing.py"]
+    result = _run(tool, *arguments, TORCHELASTIC_ERROR_FILE=str(file))
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: config is 'nothing.py'")
+    assert "ConfigError: config is 'nothing.py'" in file.read_text()
 
 
 def test_training_without_data_stops_first():
