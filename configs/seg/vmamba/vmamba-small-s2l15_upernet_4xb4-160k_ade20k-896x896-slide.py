@@ -1,4 +1,4 @@
-"""The same model tested in overlapping windows of 896x896, so that a larger image costs the network no memory."""
+"""The same model tested in overlapping windows of 896x896; of a larger image only the class scores take more memory."""
 
 _base_ = "./vmamba-small-s2l15_upernet_4xb4-160k_ade20k-896x896.py"
 
