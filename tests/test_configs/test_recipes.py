@@ -239,7 +239,7 @@ def test_pipelines_of_larger_crops_are_those_of_512_at_another_scale(side):
 
 @pytest.mark.parametrize("side", [512, 640, 896])
 def test_augmented_test_of_segmentation(side, tmp_path):
-    """mmseg's at every crop, as in upstream's configs: six ratios of the image's own size, and mirroring."""
+    """That of mmseg at every crop, as in upstream's configs: six ratios of the image's own size, and mirroring."""
     path = _path(f"vmamba-small-s2l15_{UPERNET}-{side}x{side}")
     cfg = _load(path)
     (tmp_path / "weights.pth").touch()

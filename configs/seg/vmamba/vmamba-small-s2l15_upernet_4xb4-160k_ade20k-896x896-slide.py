@@ -1,4 +1,4 @@
-"""The same model tested in overlapping windows of 896x896; of a larger image only the class scores take more memory."""
+"""The same model tested in overlapping windows of 896x896, the size it is trained at."""
 
 _base_ = "./vmamba-small-s2l15_upernet_4xb4-160k_ade20k-896x896.py"
 

@@ -1,4 +1,4 @@
-"""The same model tested in overlapping windows of 512x512; of a larger image only the class scores take more memory."""
+"""The same model tested in overlapping windows of 512x512, the size it is trained at."""
 
 _base_ = "./vmamba-tiny-s1l8_upernet_4xb4-160k_ade20k-512x512.py"
 
