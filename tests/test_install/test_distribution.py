@@ -136,7 +136,7 @@ def test_what_mim_reads_is_in_both_places(output, tmp_path):
 
 
 def test_launchers_reach_the_wheel_as_programs(output, root):
-    """pip gives a file the right to be run if the archive says so."""
+    """From the archive pip learns which files may be run."""
     with zipfile.ZipFile(next(output.glob("*.whl"))) as wheel:
         modes = {info.filename: info.external_attr >> 16 for info in wheel.infolist()}
     scripts = sorted((root / "tools").glob("*.sh"))

@@ -174,6 +174,17 @@ def test_testing_flags_of_a_segmentor(weights, tmp_path):
     assert cfg.visualizer.save_dir == str(tmp_path / "show")
 
 
+def test_what_was_trained_with_fsdp_is_tested_without(weights, tmp_path):
+    """FlexibleRunner has no model before it starts; its checkpoints are ordinary ones."""
+    pytest.importorskip("mmdet")
+    (tmp_path / "sharded.py").write_text(f"_base_ = [{DET!r}, {str(ROOT / 'configs/det/_base_/fsdp.py')!r}]\n")
+    cfg = load_config(str(tmp_path / "sharded.py"))
+    assert (cfg.runner_type, cfg.strategy.type) == ("FlexibleRunner", "mmvmamba.FSDPStrategy")
+    prepare_testing(cfg, weights)
+    assert "runner_type" not in cfg and "strategy" not in cfg
+    assert cfg.load_from == weights
+
+
 def test_segmentor_without_augmentation_of_its_own_gets_the_usual_one(weights):
     pytest.importorskip("mmseg")
     usual, cfg = load_config(SEG), load_config(SEG)
