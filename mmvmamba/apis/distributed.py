@@ -137,8 +137,8 @@ def _class_name(part: Any) -> str:
 def _refuse_shares_for_one(cfg: Config) -> None:
     if _strategy(cfg) == "FSDPStrategy":
         raise ConfigError(
-            "strategy is FSDPStrategy and --launcher is 'none', expected a launcher: there is nobody to share with. Start "
-            "with tools/dist_train.sh, for one GPU as well, or take the base with FSDP out of the config."
+            "strategy is FSDPStrategy and --launcher is 'none', expected a launcher: there is nobody to share with. "
+            "Start with tools/dist_train.sh, for one GPU as well, or take the base with FSDP out of the config."
         )
 
 
