@@ -459,20 +459,12 @@ def make_build_ext(options: Options, cuda: str | None) -> type:
 
 def setup_arguments(argv: list[str]) -> dict[str, Any]:
     """The arguments of `setuptools.setup` that pyproject.toml cannot hold."""
+    sys.path.append(str(ROOT / "scripts"))  # a front end need not have it there
+    from mim_folder import COMMANDS
+
     arguments = extension_arguments(argv)
-    arguments.setdefault("cmdclass", {}).update(load_mim_commands())
+    arguments.setdefault("cmdclass", {}).update(COMMANDS)
     return arguments
-
-
-def load_mim_commands() -> dict[str, type]:
-    """The commands that put configs and tools into the package; a front end need not have this folder on its path."""
-    spec = importlib.util.spec_from_file_location("mmvmamba_mim_folder", ROOT / "scripts" / "mim_folder.py")
-    if spec is None or spec.loader is None:
-        raise SystemExit("mmvmamba: scripts/mim_folder.py is missing: build from a complete source tree")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    commands: dict[str, type] = module.COMMANDS
-    return commands
 
 
 def extension_arguments(argv: list[str]) -> dict[str, Any]:

@@ -140,7 +140,10 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run torchrun on the loopback address; after a signal, end as a shell expects, with 128 plus its number."""
+    """Run torchrun on the loopback address and end as a shell expects: 1 with one line after an error of ours.
+
+    After a signal the exit code is 128 plus its number.
+    """
     from torch.distributed import run
 
     rendezvous_handler_registry.register(BACKEND, create_handler)
@@ -150,6 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
         # The processes got it, too, and had 30 seconds for it.
         sys.stderr.write(f"interrupted: {signal.Signals(stop.sigval).name} has ended the launcher and its processes\n")
         sys.exit(128 + stop.sigval)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from mmvmamba.errors import ConfigError
-from mmvmamba.loopback import ADDRESS, LoopbackRendezvous, create_handler, loopback_store
+from mmvmamba.loopback import ADDRESS, LoopbackRendezvous, create_handler, loopback_store, main
 
 
 def _free_port():
@@ -51,3 +51,12 @@ def test_port_that_is_taken():
 def test_what_is_not_on_this_machine_is_refused(endpoint, nodes, message):
     with pytest.raises(ConfigError, match=message):
         create_handler(RendezvousParameters("loopback", endpoint, "run", nodes, nodes))
+
+
+def test_a_launcher_whose_port_is_taken_says_so_in_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind((ADDRESS, 0))
+        taken.listen()
+        endpoint = f"{ADDRESS}:{taken.getsockname()[1]}"
+        with pytest.raises(SystemExit, match=r"^error: port \d+ of 127\.0\.0\.1 cannot be used"):
+            main(["--nproc-per-node=1", "--rdzv-endpoint", endpoint, "--log-dir", str(tmp_path), "nothing.py"])

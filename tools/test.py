@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from mmvmamba.analysis.tables import class_table
-from mmvmamba.apis import add_shared_arguments, build_runner, check_data, check_weights, load_config, prepare_testing
+from mmvmamba.apis import (
+    add_shared_arguments,
+    build_runner,
+    check_data,
+    check_weights,
+    load_config,
+    prepare_testing,
+    run_command,
+)
 from mmvmamba.apis.runner import PER_CLASS
-from mmvmamba.errors import MMVMambaError
 from mmvmamba.models.pretrained import read_weights
 
 
@@ -48,7 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MMVMambaError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -72,11 +72,13 @@ def count_model(cfg: Config, height: int, width: int, *, proposals: int = PROPOS
         proposals: How many boxes the second stage of a detector gets.
 
     Raises:
-        ConfigError: If a number is less than 1, or the model needs values and not only shapes.
+        ConfigError: If a number is less than 1, the config has no model, or the model needs values and not only shapes.
     """
     for name, value in (("height", height), ("width", width), ("proposals", proposals)):
         if value < 1:
             raise ConfigError(f"{name} is {value!r}, expected at least 1. Correct it.")
+    if cfg.get("model") is None:
+        raise ConfigError("model is missing in the config, expected one to count. Give the config of a whole model.")
     model = _build(cfg).eval()
     _replace_what_needs_values(model, proposals)
     counter = _Counter(model)

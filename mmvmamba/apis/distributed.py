@@ -52,12 +52,14 @@ def join_processes(cfg: Config) -> None:
 
     Raises:
         ConfigError: If the environment does not say which of how many processes this is, says it although
-            ``launcher`` is "none", or there are more processes than GPUs; or if FSDP and EMAHook are combined.
+            ``launcher`` is "none", or there are more processes than GPUs; or if FSDP is combined with EMAHook or has no
+            launcher.
     """
     _refuse_averages_of_shares(cfg)
     launcher = cfg.get("launcher", "none")
     if launcher == "none":
         _refuse_strangers()
+        _refuse_shares_for_one(cfg)
         return
     device = get_device()
     if launcher not in ("pytorch", "slurm") or device not in ("cpu", "cuda"):
@@ -130,6 +132,14 @@ def _class_name(part: Any) -> str:
     """Return the bare name of a class that a config names, with or without scope, or has built already."""
     kind = part.get("type", "") if isinstance(part, dict) else type(part)
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+
+def _refuse_shares_for_one(cfg: Config) -> None:
+    if _strategy(cfg) == "FSDPStrategy":
+        raise ConfigError(
+            "strategy is FSDPStrategy and --launcher is 'none', expected a launcher: there is nobody to share with. "
+            "Start with tools/dist_train.sh, for one GPU as well, or take the base with FSDP out of the config."
+        )
 
 
 def _refuse_averages_of_shares(cfg: Config) -> None:

@@ -6,6 +6,7 @@ The config's ``default_scope`` (mmdet, mmseg or mmpretrain) decides where the fl
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config import utils as config_utils
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -160,6 +162,7 @@ def prepare_testing(
             "or correct the path."
         )
     cfg.load_from = checkpoint
+    _take_the_usual_runner(cfg)
     if tta and show_dir is not None and cfg.default_scope == "mmpretrain":
         raise ConfigError(
             "--tta and --show-dir: found both, expected one of them for mmpretrain, which cannot draw an image that "
@@ -173,6 +176,17 @@ def prepare_testing(
         _evaluate_classes(cfg)
     if tta:
         _augment_test(cfg)
+
+
+def _take_the_usual_runner(cfg: Config) -> None:
+    """Test by ``Runner``: another one builds its model when it starts, and the weights could not be checked before."""
+    kind = cfg.pop("runner_type", "Runner")
+    strategy = cfg.pop("strategy", None)
+    if kind != "Runner" or strategy is not None:
+        text = (
+            f"The test is made by Runner, each process with the whole model: {kind} and its strategy are for training."
+        )
+        print_log(text, logger="current", level=logging.WARNING)
 
 
 def build_runner(cfg: Config) -> Runner:

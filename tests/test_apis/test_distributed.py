@@ -147,6 +147,11 @@ def test_averages_of_a_sharded_model_are_refused():
         join_processes(cfg)
 
 
+def test_sharding_without_a_launcher_is_refused():
+    with pytest.raises(ConfigError, match="strategy is FSDPStrategy and --launcher is 'none', expected a launcher"):
+        join_processes(Config(dict(launcher="none", strategy=dict(type="mmvmamba.FSDPStrategy"))))
+
+
 def test_slurm_on_several_nodes(environment, joined, monkeypatch):
     environment(SLURM)
     _on(monkeypatch, "cpu")

@@ -207,6 +207,7 @@ def test_one_step_is_the_one_of_mmengines_constructor_where_they_agree() -> None
     [
         (dict(layer_decay=0.9), r"unknown key 'layer_decay'.* Did you mean 'layer_decay_rate'\?"),
         (dict(norm_decay_mul=0.0), r"unknown key 'norm_decay_mul'.* Did you mean 'norm_decay_mult'\?"),
+        (dict(custom_keys=dict(norm=0.0)), r"custom_keys\['norm'\] is 0.0, expected a dict with keys among lr_mult"),
         (dict(custom_keys=dict(norm=dict(decay_mul=0.0))), r"custom_keys\['norm'\]: unknown key 'decay_mul'"),
         (dict(layer_decay_rate=1.5), "layer_decay_rate is 1.5, expected a number above 0 and up to 1"),
         (dict(layer_decay_rate=0), "layer_decay_rate is 0"),
@@ -217,6 +218,11 @@ def test_one_step_is_the_one_of_mmengines_constructor_where_they_agree() -> None
 def test_mistakes_are_refused(paramwise_cfg: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(Model(), **paramwise_cfg)
+
+
+def test_an_optimizer_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.type is 'AdamWW', expected .* Did you mean 'AdamW'\?"):
+        SSMOptimWrapperConstructor(dict(optimizer=dict(type="AdamWW", lr=1.0)))
 
 
 def test_a_model_without_a_backbone_of_ours_is_refused() -> None:

@@ -135,6 +135,18 @@ def test_what_mim_reads_is_in_both_places(output, tmp_path):
         assert (mim / "tools" / "train.py").is_file() and len(list((mim / "tools").rglob("get_flops.py"))) == 1
 
 
+def test_launchers_reach_the_wheel_as_programs(output, root):
+    """From the archive pip learns which files may be run."""
+    with zipfile.ZipFile(next(output.glob("*.whl"))) as wheel:
+        modes = {info.filename: info.external_attr >> 16 for info in wheel.infolist()}
+    scripts = sorted((root / "tools").glob("*.sh"))
+    assert len(scripts) == 7
+    for script in scripts:
+        runs = bool(script.stat().st_mode & 0o100)
+        found = [mode for name, mode in modes.items() if name.endswith(f"/.mim/tools/{script.name}")]
+        assert [bool(mode & 0o100) for mode in found] == [runs, runs], script.name
+
+
 def test_a_checkout_that_is_installed_as_it_stands_gets_links(mim_folder, root, tmp_path):
     for name in ("configs", "tools"):
         (tmp_path / name).mkdir()

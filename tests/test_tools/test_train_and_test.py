@@ -20,10 +20,11 @@ SEG = str(ROOT / "configs/seg/vmamba/vmamba-tiny-s1l8_upernet_4xb4-160k_ade20k-5
 CLS = str(ROOT / "configs/cls/vmamba/vmamba-tiny-s1l8_8xb128_in1k.py")
 
 
-def _run(tool, *arguments):
+def _run(tool, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *arguments],
-        cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        cwd=ROOT, capture_output=True, text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", **environment},
     )  # fmt: skip
 
 
@@ -41,6 +42,16 @@ def test_help_and_unknown_flags(tool):
         result = _run(tool, DET, *(["x.pth"] if tool == "test.py" else []), flag, "x")
         assert result.returncode == 2
         assert "unrecognized arguments" in result.stderr
+
+
+@pytest.mark.parametrize("tool", ["train.py", "test.py"])
+def test_the_process_that_fails_leaves_its_error_to_torchrun(tool, tmp_path):
+    """``record`` of PyTorch writes the file, from which torchrun's summary takes the traceback."""
+    file = tmp_path / "error.json"
+    arguments = ["nothing.py", "x.pth"] if tool == "test.py" else ["nothing.py"]
+    result = _run(tool, *arguments, TORCHELASTIC_ERROR_FILE=str(file))
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: config is 'nothing.py'")
+    assert "ConfigError: config is 'nothing.py'" in file.read_text()
 
 
 def test_training_without_data_stops_first():
@@ -161,6 +172,17 @@ def test_testing_flags_of_a_segmentor(weights, tmp_path):
     assert cfg.test_dataloader.dataset.pipeline[-1].type == "TestTimeAug"
     assert cfg.test_evaluator.output_dir == str(tmp_path / "out")
     assert cfg.visualizer.save_dir == str(tmp_path / "show")
+
+
+def test_what_was_trained_with_fsdp_is_tested_without(weights, tmp_path):
+    """FlexibleRunner has no model before it starts; its checkpoints are ordinary ones."""
+    pytest.importorskip("mmdet")
+    (tmp_path / "sharded.py").write_text(f"_base_ = [{DET!r}, {str(ROOT / 'configs/det/_base_/fsdp.py')!r}]\n")
+    cfg = load_config(str(tmp_path / "sharded.py"))
+    assert (cfg.runner_type, cfg.strategy.type) == ("FlexibleRunner", "mmvmamba.FSDPStrategy")
+    prepare_testing(cfg, weights)
+    assert "runner_type" not in cfg and "strategy" not in cfg
+    assert cfg.load_from == weights
 
 
 def test_segmentor_without_augmentation_of_its_own_gets_the_usual_one(weights):

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from mmengine.config import DictAction
 
 from mmvmamba.analysis.flops import PROPOSALS, ModelCost, count_model
-from mmvmamba.apis import load_config
-from mmvmamba.errors import MMVMambaError
+from mmvmamba.apis import load_config, run_command
 
 SHAPES = {"mmpretrain": (224, 224), "mmdet": (1280, 800), "mmseg": (512, 2048)}
 """Height and width in the published tables, by the config's scope."""
@@ -58,11 +56,9 @@ def main() -> None:
     cost = count_model(cfg, height, width, proposals=args.proposals)
     print_table(cost, height, width)
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(dict(vars(cost), input=[height, width]), indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MMVMambaError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

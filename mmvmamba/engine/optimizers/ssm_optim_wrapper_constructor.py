@@ -52,8 +52,8 @@ class SSMOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg: MMEngine's options of parameters, and ``layer_decay_rate``.
 
     Raises:
-        ConfigError: If a key is unknown or ``layer_decay_rate`` impossible; when called, if no module of the model can
-            be asked, or its parameters were flattened.
+        ConfigError: If a key or the optimizer is unknown, or ``layer_decay_rate`` impossible; when called,
+            if no module of the model can be asked, or its parameters were flattened.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
@@ -171,13 +171,24 @@ def _without_params(group: Group) -> Group:
 
 def _group_options(kind: Any) -> list[str]:
     """Return what an optimizer, by name or class, takes besides the parameters."""
+    found = kind
     if isinstance(kind, str):
         with OPTIMIZERS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(kind)
-    return list(inspect.signature(kind).parameters)[1:]
+            found = registry.get(kind)
+        if found is None:
+            raise ConfigError(
+                f"optim_wrapper.optimizer.type is {kind!r}, expected the name of a registered optimizer."
+                f"{nearest_spelling(kind, list(OPTIMIZERS.module_dict))} Correct it, or import what registers it."
+            )
+    return list(inspect.signature(found).parameters)[1:]
 
 
-def _check_keys(where: str, found: Mapping[str, Any], accepted: tuple[str, ...]) -> None:
+def _check_keys(where: str, found: Any, accepted: tuple[str, ...]) -> None:
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"optim_wrapper.{where} is {found!r}, expected a dict with keys among "
+            f"{', '.join(accepted)}. Write it as one."
+        )
     for key in found:
         if key not in accepted:
             raise ConfigError(
