@@ -9,8 +9,8 @@ from typing import Any
 from mmvmamba.apis.data_entries import innermost_datasets, is_local, type_name
 from mmvmamba.apis.dataset_checks import check_classes
 from mmvmamba.apis.runner import SCOPES
-from mmvmamba.datasets.checks.files import exists
 from mmvmamba.errors import DataError
+from mmvmamba.files import exists
 
 #: Data set type -> how to get it.
 _HOW_TO_GET: dict[str, str] = {

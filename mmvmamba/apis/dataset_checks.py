@@ -32,7 +32,7 @@ from mmvmamba.datasets.checks import (
     plan_names,
     refuse_what_cannot_be_left_out,
 )
-from mmvmamba.datasets.checks.files import is_folder
+from mmvmamba.files import is_folder
 
 #: ADE20K's own folders: split -> folder of images and of annotations.
 _ADE20K = {"train": "training", "val": "validation"}

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mmvmamba.apis.data_entries import innermost_datasets, is_local, type_name
-from mmvmamba.datasets.checks.files import is_file, is_folder
 from mmvmamba.datasets.checks.folders import CLASS_SUFFIXES
 from mmvmamba.errors import ConfigError
+from mmvmamba.files import is_file, is_folder
 
 #: What the constructors of mm* raise about their arguments.
 _REFUSALS = (TypeError, ValueError, AssertionError, KeyError, AttributeError, OSError)

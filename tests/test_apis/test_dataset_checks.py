@@ -121,6 +121,10 @@ MISMATCHES = {
         lambda cfg: cfg.model.roi_head.update(bbox_head=[dict(num_classes=4), dict(num_classes=5)]),
         "num-classes", "roi_head.bbox_head[1].num_classes is 5",
     ),
+    "head under test-time augmentation": (
+        lambda cfg: cfg.update(model=dict(type="DetTTAModel", module=dict(bbox_head=dict(num_classes=91)))),
+        "num-classes", "is 91",
+    ),
     "head of RetinaNet": (lambda cfg: cfg.update(model=dict(bbox_head=dict(num_classes=91))), "num-classes", "is 91"),
     "validation has others": (
         _val_with(metainfo=dict(classes=NAMES[:3])), "classes-differ", "val has 3; only in train: ['Zebra']",

@@ -179,6 +179,7 @@ def test_inputs_that_are_none(ready, scenes, task, tmp_path):
         (tmp_path / "text.jpg", "cannot be decoded, expected a whole JPEG"),
         (tmp_path / "empty", "has no image right in it"),
         ("nowhere.jpg", "'nowhere.jpg' does not exist"),
+        ("x" * 5000, "'x+' does not exist"),
         ("https://example.org/a.jpg", "a URL must be downloaded first"),
         ([], "inputs is empty"),
         (np.zeros((8, 8)), r"array of shape \(8, 8\) and type float64, expected \(height, width, 3\) of uint8"),
@@ -187,6 +188,13 @@ def test_inputs_that_are_none(ready, scenes, task, tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             ready[task](inputs)
+
+
+def test_answers_that_cannot_be_written(ready, scenes, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / ("x" * 300)):
+        with pytest.raises(DataError, match="could not write .*Choose another out_dir"):
+            ready["cls"](scenes[0], out_dir=out)
 
 
 def test_arguments_out_of_range(ready, scenes):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from mmvmamba.datasets.checks.coco import CocoFile, leaves_folder
-from mmvmamba.datasets.checks.files import is_folder
 from mmvmamba.datasets.checks.kinds import KINDS, Level
 from mmvmamba.datasets.checks.pictures import (
     MAX_PIXELS,
@@ -23,6 +22,7 @@ from mmvmamba.datasets.checks.pictures import (
     own_pixel_limit,
 )
 from mmvmamba.datasets.checks.report import Report, printable, short
+from mmvmamba.files import is_folder
 
 #: What MMPretrain takes out of folders of classes, and what else is meant to be a picture.
 CLASS_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif")
