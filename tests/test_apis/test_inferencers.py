@@ -231,6 +231,7 @@ def test_misspelt_arguments(folder, ready):
         (("clss", config, weights), r"task is 'clss', expected one of 'det', 'seg', 'cls'\. Did you mean 'cls'\?"),
         (("det", config, weights), "default_scope 'mmpretrain', expected 'mmdet' for task 'det'"),
         (("cls", "nowhere.py", weights), "config is 'nowhere.py', which is no file"),
+        (("cls", "x" * 5000 + ".py", weights), "which is no file"),
         (("cls", 3, weights), "model is a int"),
         (("cls", config, weights, "gpu"), "device is 'gpu', expected one of PyTorch's"),
         (("cls", config, weights, "meta:x"), "device is 'meta:x'"),
