@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from mmvmamba.errors import DataError
+from mmvmamba.files import is_file, is_folder
 
 Image = np.ndarray
 
@@ -19,6 +20,9 @@ Image = np.ndarray
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: How many classes of a classifier's answer are kept.
 TOP = 5
+
+
+_NOT_WRITTEN = "could not write {path!r}{why}, expected room and the right to. Choose another out_dir."
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,12 @@ class Prediction:
         """
         target = Path(folder)
         files = [target / "preds" / f"{self.name}.json"]
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps(self.record) + "\n")
+        try:
+            for part in ("preds", *(("vis",) if self.drawing is not None else ())):
+                (target / part).mkdir(parents=True, exist_ok=True)
+            files[0].write_text(json.dumps(self.record) + "\n")
+        except OSError as error:
+            raise DataError(_NOT_WRITTEN.format(path=str(files[0]), why=f" ({error})")) from error
         if self.labels is not None:
             kind = np.uint8 if self.labels.max(initial=0) <= np.iinfo(np.uint8).max else np.uint16
             files.append(_written(target / "preds" / f"{self.name}.png", self.labels.astype(kind)))
@@ -101,9 +109,8 @@ class Prediction:
 
 
 def _written(path: Path, image: Image) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), image):
-        raise DataError(f"could not write {str(path)!r}, expected room and the right to. Choose another out_dir.")
+        raise DataError(_NOT_WRITTEN.format(path=str(path), why=""))
     return path
 
 
@@ -149,7 +156,7 @@ def _expanded(entry: Any) -> Iterator[str | Image]:
             f"input is a {type(entry).__name__}, expected a file, a folder, an array or a sequence of these. "
             "Convert it."
         )
-    elif Path(entry).is_dir():
+    elif is_folder(entry):
         inside = sorted(path for path in Path(entry).iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
         if not inside:
             raise DataError(
@@ -157,7 +164,7 @@ def _expanded(entry: Any) -> Iterator[str | Image]:
                 "Name a folder with images."
             )
         yield from map(str, inside)
-    elif Path(entry).is_file():
+    elif is_file(entry):
         yield str(entry)
     else:
         raise DataError(

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmvmamba.apis.data_entries import innermost_datasets, is_local, type_name
 from mmvmamba.apis.dataset_checks import check_classes
-from mmvmamba.apis.described_data import inner_datasets
 from mmvmamba.apis.runner import SCOPES
 from mmvmamba.errors import DataError
+from mmvmamba.files import exists
 
 #: Data set type -> how to get it.
 _HOW_TO_GET: dict[str, str] = {
@@ -45,26 +46,15 @@ def check_data(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
     Raises:
         DataError: Naming the path, the config entry and how to get the data; or both lists of classes and the
             difference.
-        ConfigError: If the type of a data set refuses its arguments.
+        ConfigError: If an entry of a data set is of the wrong type, or the type of a data set refuses its arguments.
     """
     for split in splits:
-        loader = cfg.get(f"{split}_dataloader")
-        for dataset in inner_datasets(loader.get("dataset") if loader else None):
+        for dataset in innermost_datasets(cfg, split):
             for entry, path in _paths(dataset):
-                if not path.exists():
-                    raise DataError(_message(split, entry, path, _kind(dataset)))
+                if not exists(path):
+                    raise DataError(_message(split, entry, path, type_name(dataset)))
     if cfg.get("default_scope") in SCOPES:
         check_classes(cfg, splits)
-
-
-def _kind(dataset: Mapping[str, Any]) -> str:
-    """Return the bare name of a data set's type, which is a name with or without a scope, or the class."""
-    kind = dataset.get("type", "")
-    return (kind if isinstance(kind, str) else getattr(kind, "__name__", "")).rpartition(".")[2]
-
-
-def _is_local(backend_args: Mapping[str, Any] | None) -> bool:
-    return not backend_args or backend_args.get("backend", "local") in ("local", "LocalBackend")
 
 
 def _message(split: str, entry: str, path: Path, kind: str) -> str:
@@ -79,7 +69,7 @@ def _message(split: str, entry: str, path: Path, kind: str) -> str:
 
 def _paths(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """Yield (entry, path) of everything on disk that a data set config names."""
-    if not _is_local(dataset.get("backend_args")) or _kind(dataset) in _SELF_DOWNLOADING:
+    if not is_local(dataset) or type_name(dataset) in _SELF_DOWNLOADING:
         return
     root = Path(dataset.get("data_root") or "")
     if dataset.get("data_root"):
@@ -88,8 +78,8 @@ def _paths(dataset: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     if annotations:
         yield "ann_file", root / annotations
     prefixes = dataset.get("data_prefix") or {}
-    if isinstance(prefixes, str):
+    if not isinstance(prefixes, Mapping):
         prefixes = {"": prefixes}
     for name, prefix in prefixes.items():
-        if isinstance(prefix, str) and prefix:
+        if prefix:
             yield f"data_prefix.{name}".rstrip("."), root / prefix

@@ -17,6 +17,7 @@ from mmvmamba.datasets.checks import (
     Kept,
     LabelRule,
     PictureOptions,
+    Plan,
     Report,
     category_names,
     check_class_folders,
@@ -25,11 +26,13 @@ from mmvmamba.datasets.checks import (
     check_coco_pictures,
     check_heads,
     check_label_pictures,
+    class_folders,
     compare_classes,
-    keep_coco,
-    keep_names,
+    plan_coco,
+    plan_names,
     refuse_what_cannot_be_left_out,
 )
+from mmvmamba.files import is_folder
 
 #: ADE20K's own folders: split -> folder of images and of annotations.
 _ADE20K = {"train": "training", "val": "validation"}
@@ -62,15 +65,15 @@ class DataCheck:
             ConfigError: If a data set cannot be checked.
         """
         sets = described_data(cfg, splits)
-        done: set[tuple[Path, Path | None]] = set()
+        same: dict[tuple[Path, Path | None], list[DescribedData]] = {}
+        for data in sets:  # most configs test on what they validate on
+            same.setdefault((data.images, data.listed), []).append(data)
         read: dict[Path, list[str]] = {}
         folders: dict[str, list[str]] = {}
-        for data in sets:
-            if (data.images, data.listed) in done:  # most configs test on what they validate on
-                continue
-            done.add((data.images, data.listed))
+        for uses in same.values():
+            data = uses[0]
             if data.layout is Layout.COCO:
-                coco = self._coco_of_config(data)
+                coco = self._coco_of_config(data, uses)
                 read[coco.path] = list(coco.names.values()) if coco.document is not None else []
             elif data.layout is Layout.LABEL_PICTURES:
                 self._labels_of_config(data)
@@ -78,8 +81,12 @@ class DataCheck:
                 folders[data.split] = self._classes_of_config(data)
         _check_classes(sets, read, folders, cfg.get("model") or {}, self.report)
 
-    def _coco_of_config(self, data: DescribedData) -> CocoFile:
-        use = CocoUse(data.masks, evaluation=data.split != "train", annotations=data.annotations)
+    def _coco_of_config(self, data: DescribedData, uses: Sequence[DescribedData]) -> CocoFile:
+        use = CocoUse(
+            any(each.masks for each in uses),
+            evaluation=any(each.split != "train" for each in uses),
+            annotations=any(each.annotations for each in uses),
+        )
         coco = self.coco(data.listed or Path(), data.images, data.split, use)
         if data.classes is not None and data.split == "train":
             without = {name for own, name in coco.names.items() if not coco.per_category[own]}
@@ -96,8 +103,7 @@ class DataCheck:
             self._report_unused(unused, data.labels or data.images, data)
 
     def _classes_of_config(self, data: DescribedData) -> list[str]:
-        number = len(data.classes) if data.classes else None
-        return self.class_folders(data.images, data.split, data.listed, number).classes
+        return self.class_folders(data).classes
 
     def _report_unused(self, names: list[str], path: Path, data: DescribedData) -> None:
         for name in names:
@@ -138,17 +144,20 @@ class DataCheck:
             )  # fmt: skip
             self.label_pictures(data, LabelRule(_ADE20K_CLASSES, zero_is_ignored=True))
 
-    def class_folders(self, folder: Path, split: str, listed: Path | None, classes: int | None) -> FolderCheck:
-        """Check a folder with a folder per class."""
+    def class_folders(self, data: DescribedData) -> FolderCheck:
+        """Check a folder with a folder per class, or a list of pictures with class numbers."""
         result = FolderCheck()
         if self.options is not None:
-            result = check_class_folders(folder, self.report, self.options, listed=listed, classes=classes)
-        elif listed is None and folder.is_dir():
-            result.classes = _class_folders(folder)
-        self._folders.append((split, folder, result))
+            result = check_class_folders(
+                data.images, self.report, self.options,
+                suffixes=data.suffixes, listed=data.listed, classes=len(data.classes) if data.classes else None,
+            )  # fmt: skip
+        elif data.listed is None and is_folder(data.images):
+            result.classes = class_folders(data.images)
+        self._folders.append((data.split, data.images, result))
         facts = {
-            "split": split,
-            "folder": str(folder),
+            "split": data.split,
+            "folder": str(data.images),
             "classes": len(result.classes),
             "pictures looked at": len(result.names),
         }
@@ -157,7 +166,13 @@ class DataCheck:
 
     def imagenet(self, root: Path) -> None:
         """Check a folder in ImageNet's layout: ``train`` and ``val`` with a folder per class."""
-        lists = {split: self.class_folders(root / split, split, None, None).classes for split in ("train", "val")}
+        lists = {}
+        for split in ("train", "val"):
+            data = DescribedData(
+                split, "ImageNet", Layout.CLASS_FOLDERS, root / split,
+                labels=None, listed=None, classes=None, own_classes=False, classes_text=None,
+            )  # fmt: skip
+            lists[split] = self.class_folders(data).classes
         _compare_lists(lists, self.report)
 
     def keep(self, out: Path, max_skipped: float = MAX_SKIPPED) -> list[Kept]:
@@ -171,7 +186,7 @@ class DataCheck:
             DataError: If there are errors that cannot be left out, too much would be, or a file exists already.
         """
         refuse_what_cannot_be_left_out(self.report)
-        kept: list[Kept] = []
+        plans: list[Plan] = []
         stems: Counter[str] = Counter()
 
         def target(split: str, ending: str) -> Path:
@@ -181,12 +196,12 @@ class DataCheck:
         for split, coco in self._coco:
             path = target(split, ".json")
             if coco.bad_images or coco.bad_annotations:
-                kept.append(keep_coco(coco, path, max_skipped))
+                plans.append(plan_coco(coco, path, max_skipped))
         for split, folder, checked in self._folders:
             path = target(split, ".txt")
-            if checked.bad:
-                kept.append(keep_names(checked, path, folder, max_skipped))
-        return kept
+            if checked.bad or checked.unusable_lines:
+                plans.append(plan_names(checked, path, folder, max_skipped))
+        return [plan.write() for plan in plans]  # only when none of them was refused
 
 
 def check_classes(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
@@ -203,16 +218,12 @@ def check_classes(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
     report = Report()
     sets = described_data(cfg, splits, passing_over=True)
     folders = {
-        data.split: _class_folders(data.images)
+        data.split: class_folders(data.images)
         for data in sets
-        if data.layout is Layout.CLASS_FOLDERS and data.listed is None and data.images.is_dir()
+        if data.layout is Layout.CLASS_FOLDERS and data.listed is None and is_folder(data.images)
     }
     _check_classes(sets, {}, folders, cfg.get("model") or {}, report)
     report.raise_for_errors()
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
 def _check_classes(
@@ -231,25 +242,44 @@ def _check_classes(
         model: The model of the config.
         report: Where the findings go.
     """
-    lists = dict(folders)
+    lists: dict[str, list[str]] = {}
+    number = 0
     for data in sets:
+        # Folders number the classes by their own names, whatever the config calls them; a list has numbers only.
+        in_folders = data.layout is Layout.CLASS_FOLDERS
+        names = (folders.get(data.split, []) if data.listed is None else []) if in_folders else data.classes
         problems = _own_problems(data)
-        if not problems and data.classes is not None:
-            lists.setdefault(data.split, list(data.classes))
-            if data.layout is Layout.COCO and data.annotations and data.listed is not None:
-                if data.listed not in read:
-                    read[data.listed] = category_names(data.listed, report)
-                names = read[data.listed]
-                problems = compare_classes(data.classes, names, by_default=not data.own_classes) if names else []
-            elif data.layout is Layout.LABEL_PICTURES and data.known_classes is not None:
-                problems = compare_classes(data.classes, data.known_classes, ordered=False)
+        if not problems:
+            lists.setdefault(data.split, list(names or ()))
+            number = number or len(names or data.classes or ())
+            problems = _problems_with_data(data, names or (), read, report)
         for kind, text in problems:
             report.add(kind, data.listed or data.images, data.entry(), text)
     _compare_lists(lists, report)
-    first = next((names for names in lists.values() if names), None)
-    if first is not None:
-        for kind, text in check_heads(model, len(first)):
+    if number:
+        for kind, text in check_heads(model, number):
             report.add(kind, "config", "", text)
+
+
+def _problems_with_data(
+    data: DescribedData, names: Sequence[str], read: dict[Path, list[str]], report: Report
+) -> list[tuple[str, str]]:
+    """Return what of the classes of a data set is not as in its data; ``names`` are those that are used."""
+    if data.classes is None:
+        return []
+    if data.layout is Layout.CLASS_FOLDERS:
+        if not names or len(names) == len(data.classes):
+            return []
+        whose = "metainfo.classes" if data.own_classes else f"{data.name} by itself"
+        return [("class-folders", f"there are {len(names)} folders, {whose} has {len(data.classes)} classes")]
+    if data.layout is Layout.LABEL_PICTURES:
+        return compare_classes(data.classes, data.known_classes, ordered=False) if data.known_classes else []
+    if not data.annotations or data.listed is None:
+        return []
+    if data.listed not in read:
+        read[data.listed] = category_names(data.listed, report)
+    found = read[data.listed]
+    return compare_classes(data.classes, found, by_default=not data.own_classes) if found else []
 
 
 def _own_problems(data: DescribedData) -> list[tuple[str, str]]:

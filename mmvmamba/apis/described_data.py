@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from mmvmamba.apis.data_entries import innermost_datasets, is_local, type_name
+from mmvmamba.datasets.checks.folders import CLASS_SUFFIXES
 from mmvmamba.errors import ConfigError
+from mmvmamba.files import is_file, is_folder
 
 #: What the constructors of mm* raise about their arguments.
 _REFUSALS = (TypeError, ValueError, AssertionError, KeyError, AttributeError, OSError)
@@ -36,12 +39,13 @@ class DescribedData:
         listed: Annotation file, or list of the pictures.
         classes: Its classes, as they are used; None where folders give them, or the config's text is no list.
         own_classes: Whether the config sets them.
-        classes_text: ``metainfo.classes`` as it stands in the config.
+        classes_text: ``metainfo.classes`` as it stands in the config, or in the file that it names.
         known_classes: Classes of the type, of which the config may take some (MMSegmentation).
         zero_is_ignored: ``reduce_zero_label``.
         ignored: The label of pixels that do not count.
         image_suffix: How names of pictures end.
         label_suffix: How names of label pictures end.
+        suffixes: How names of pictures in folders of classes end, in small letters.
         masks: Whether masks of objects are read.
         annotations: Whether it must have annotations.
     """
@@ -60,25 +64,13 @@ class DescribedData:
     ignored: int = 255
     image_suffix: str = ".jpg"
     label_suffix: str = ".png"
+    suffixes: tuple[str, ...] = CLASS_SUFFIXES
     masks: bool = False
     annotations: bool = True
 
     def entry(self) -> str:
         """Return the entry of the config, for messages."""
         return f"{self.split}_dataloader.dataset ({self.name})"
-
-
-def inner_datasets(dataset: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the innermost data set configs inside wrappers and concatenations."""
-    if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        for part in dataset:
-            yield from inner_datasets(part)
-    elif isinstance(dataset, Mapping):
-        inner = dataset.get("dataset", dataset.get("datasets"))
-        if inner is not None:
-            yield from inner_datasets(inner)
-        else:
-            yield dataset
 
 
 def described_data(cfg: Mapping[str, Any], splits: Sequence[str], *, passing_over: bool = False) -> list[DescribedData]:
@@ -90,27 +82,22 @@ def described_data(cfg: Mapping[str, Any], splits: Sequence[str], *, passing_ove
         passing_over: Whether data sets of a layout that cannot be checked are passed over.
 
     Raises:
-        ConfigError: If a data set has another layout, or its type refuses its arguments.
+        ConfigError: If a data set has another layout, an entry of the wrong type, or its type refuses its arguments.
     """
     found = []
     for split in splits:
-        loader = cfg.get(f"{split}_dataloader")
-        for dataset in inner_datasets(loader.get("dataset") if loader else None):
+        for dataset in innermost_datasets(cfg, split):
             described = _describe(cfg, split, dataset)
             if described is not None:
                 found.append(described)
             elif not passing_over:
                 raise ConfigError(
-                    f"{split}_dataloader.dataset: type is {_type_name(dataset)!r}, which has none of the layouts that "
-                    "can be checked: expected a CocoDataset of mmdet, a BaseSegDataset of mmseg or a CustomDataset of "
-                    "mmpretrain, or a subclass that reads files as it does. Check this data set by other means."
+                    f"{split}_dataloader.dataset: type is {type_name(dataset)!r}, which has none of the layouts that "
+                    "can be checked: expected a CocoDataset of mmdet, a BaseSegDataset of mmseg or a labelled "
+                    "CustomDataset of mmpretrain, or a subclass that reads files as it does. Check this data set by "
+                    "other means."
                 )
     return found
-
-
-def _type_name(dataset: Mapping[str, Any]) -> str:
-    kind = dataset.get("type", "")
-    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
 
 
 def _dataset_class(cfg: Mapping[str, Any], split: str, dataset: Mapping[str, Any]) -> type:
@@ -118,7 +105,7 @@ def _dataset_class(cfg: Mapping[str, Any], split: str, dataset: Mapping[str, Any
     if isinstance(kind, type):
         return kind
     scope = str(cfg.get("default_scope"))
-    found = importlib.import_module(f"{scope}.registry").DATASETS.get(kind) if isinstance(kind, str) else None
+    found = importlib.import_module(f"{scope}.registry").DATASETS.get(kind) if kind and isinstance(kind, str) else None
     if not isinstance(found, type):
         raise ConfigError(
             f"{split}_dataloader.dataset: type is {kind!r}, which is no data set of {scope}. Correct the name."
@@ -152,39 +139,56 @@ def _layout(kind: type, scope: str) -> Layout | None:
 def _describe(cfg: Mapping[str, Any], split: str, dataset: Mapping[str, Any]) -> DescribedData | None:
     kind = _dataset_class(cfg, split, dataset)
     layout = _layout(kind, str(cfg.get("default_scope")))
-    if layout is None or (dataset.get("backend_args") or {}).get("backend", "local") not in ("local", "LocalBackend"):
+    if layout is None or not is_local(dataset):
         return None
-    text = (dataset.get("metainfo") or {}).get("classes", dataset.get("classes"))
-    is_text = isinstance(text, str) and not Path(text).is_file()  # a file with a name per line is allowed
-    unclear = text is not None and (is_text or not text)
+    text = _names_in_file((dataset.get("metainfo") or {}).get("classes", dataset.get("classes")))
+    unclear = text is not None and not _is_list_of_names(text)
     known = tuple(getattr(kind, "METAINFO", {}).get("classes") or ()) or None
-    foreign = layout is Layout.LABEL_PICTURES and known and not is_text and not set(text or ()) <= set(known)
+    foreign = layout is Layout.LABEL_PICTURES and known and not unclear and not set(text or ()) <= set(known)
     # MMEngine notes in an inherited dict from which library it came ("_scope_"), and takes the note out when it builds.
     entries = {name: value for name, value in dataset.items() if name not in ("type", "pipeline", "_scope_")}
     if unclear or foreign:  # the constructor would not have them
         entries = {name: value for name, value in entries.items() if name not in ("metainfo", "classes")}
     built = _built(kind, split, entries)
+    if not getattr(built, "with_label", True):
+        return None  # pictures without classes, in no folders of classes
     classes = None if unclear else tuple(text or ()) if foreign else tuple(built.metainfo.get("classes") or ()) or None
-    if is_text or (layout is Layout.CLASS_FOLDERS and not getattr(built, "with_label", True)):
-        classes = None
     return DescribedData(
         split=split,
         name=kind.__name__,
         layout=layout,
         images=Path(_prefix(built, "img", "img_path")),
         labels=_labels(built) if layout is Layout.LABEL_PICTURES else None,
-        listed=Path(built.ann_file) if built.ann_file and not Path(built.ann_file).is_dir() else None,
+        listed=Path(built.ann_file) if built.ann_file and not is_folder(built.ann_file) else None,
         classes=classes,
         own_classes=text is not None,
-        classes_text=list(classes) if isinstance(text, str) and not is_text and classes else text,
+        classes_text=text,
         known_classes=known,
         zero_is_ignored=bool(getattr(built, "reduce_zero_label", False)),
-        ignored=int(getattr(built, "ignore_index", 255)),
+        ignored=getattr(built, "ignore_index", 255),
         image_suffix=getattr(built, "img_suffix", ".jpg"),
         label_suffix=getattr(built, "seg_map_suffix", ".png"),
+        suffixes=tuple(getattr(built, "extensions", CLASS_SUFFIXES)),
         masks=_reads_masks(dataset.get("pipeline")) or "segm" in _metrics(cfg.get(f"{split}_evaluator")),
         annotations=not _only_formats(cfg.get(f"{split}_evaluator")),
     )
+
+
+def _names_in_file(classes: Any) -> Any:
+    """Return what ``classes`` is, or the lines of the file that it names, as MMEngine reads it."""
+    if not isinstance(classes, str) or not is_file(classes):
+        return classes
+    try:
+        return Path(classes).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"metainfo.classes: {classes!r} cannot be read ({error}), expected a name per line. Correct it."
+        ) from error
+
+
+def _is_list_of_names(classes: Any) -> bool:
+    is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
+    return is_list and bool(classes) and all(isinstance(name, str) for name in classes)
 
 
 def _built(kind: type, split: str, entries: dict[str, Any]) -> Any:
@@ -214,7 +218,8 @@ def _reads_masks(pipeline: Any) -> bool:
 
 
 def _evaluators(evaluator: Any) -> list[Mapping[str, Any]]:
-    return [each for each in (evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]) if each]
+    several = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]
+    return [each for each in several if isinstance(each, Mapping)]
 
 
 def _metrics(evaluator: Any) -> list[str]:

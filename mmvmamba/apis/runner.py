@@ -24,6 +24,7 @@ from mmvmamba.apis.precision import choose_precision
 from mmvmamba.apis.resume import Note, choose_start
 from mmvmamba.checkpoints.mmengine_loader import located
 from mmvmamba.errors import CheckpointError, ConfigError
+from mmvmamba.files import is_file
 
 #: What the numbers of each class of a classifier begin with.
 PER_CLASS = "per-class"
@@ -64,7 +65,7 @@ def load_config(
     Raises:
         ConfigError: If the file does not exist or its ``default_scope`` is none of ``SCOPES``.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise ConfigError(
             f"config is {path!r}, which is no file in {str(Path.cwd())!r}, expected a config file. Check the path; the "
             "shipped ones are under configs/."

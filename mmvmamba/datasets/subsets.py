@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from mmvmamba.errors import DataError, nearest_spelling
+from mmvmamba.files import exists, is_file, is_folder
 
 _IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -135,7 +136,7 @@ def subset_ade20k(
         DataError: As for ``subset_coco``.
     """
     pairs = [(image, root / labels / f"{image.stem}.png") for image in _images(root / images)]
-    missing = [str(label) for _, label in pairs if not label.is_file()]
+    missing = [str(label) for _, label in pairs if not is_file(label)]
     if missing:
         raise DataError(
             f"subset: {len(missing)} of {len(pairs)} images in {str(root / images)!r} have no label picture, such as "
@@ -249,13 +250,13 @@ def _inside(folder: Path, name: Any) -> Path:
     """
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"subset: file_name {name!r} leads out of {str(folder)!r}, expected a name in it. Correct it.")
-    if not (folder / name).is_file():
+    if not is_file(folder / name):
         raise DataError(f"subset: {str(folder / name)!r} does not exist, expected an image. Correct the folder.")
     return folder / name
 
 
 def _listed(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataError(f"subset: {str(folder)!r} is no folder in {str(Path.cwd())!r}. Correct the path.")
     return sorted(folder.iterdir())
 
@@ -289,19 +290,26 @@ def _parts(out: Path, names: Sequence[str]) -> Iterator[Path]:
     """Give a folder to write the named files and folders to, and move them to ``out`` when all are there.
 
     Raises:
-        DataError: If ``out`` has one of them, or a name leads out of it.
+        DataError: If ``out`` has one of them or cannot be written, or a name leads out of it.
     """
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
             raise DataError(f"subset: {name!r} is no path below the data set. Name it relative to its root.")
-        if (out / name).exists():
+        if exists(out / name):
             raise DataError(f"subset: {str(out / name)!r} exists and is left alone. Remove it or name another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
+    partial: Path | None = None
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
         yield partial
         for name in names:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).replace(out / name)
+    except OSError as error:
+        raise DataError(
+            f"subset: {str(out)!r} cannot be written ({error}), expected a folder with room and the right to. Name "
+            "another one."
+        ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)

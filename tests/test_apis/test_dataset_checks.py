@@ -121,6 +121,10 @@ MISMATCHES = {
         lambda cfg: cfg.model.roi_head.update(bbox_head=[dict(num_classes=4), dict(num_classes=5)]),
         "num-classes", "roi_head.bbox_head[1].num_classes is 5",
     ),
+    "head under test-time augmentation": (
+        lambda cfg: cfg.update(model=dict(type="DetTTAModel", module=dict(bbox_head=dict(num_classes=91)))),
+        "num-classes", "is 91",
+    ),
     "head of RetinaNet": (lambda cfg: cfg.update(model=dict(bbox_head=dict(num_classes=91))), "num-classes", "is 91"),
     "validation has others": (
         _val_with(metainfo=dict(classes=NAMES[:3])), "classes-differ", "val has 3; only in train: ['Zebra']",
@@ -287,6 +291,101 @@ def test_classification(tmp_path):
     assert dict(_checked(cfg, ["train"]).counts) == {}
     cfg.model.head.num_classes = 1000
     assert dict(_checked(cfg, ["train"]).counts) == {"num-classes": 1}
+
+
+def _imagenet(root, val, number=2, kind="ImageNet", **entries):
+    """A config of ImageNet's type on folders of two classes; ``val`` are further entries of the validation data."""
+    for split in ("train", "val"):
+        for name in ("n01", "n02"):
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            picture().save(root / split / name / "1.JPEG")
+    (root / "val.txt").write_text("n01/1.JPEG 0\nn02/1.JPEG 1\n")
+    shared = dict(type=kind, data_root=str(root), pipeline=[], **entries)
+    splits = {"train": dict(data_prefix="train"), "val": {**val, "data_prefix": "val"}}
+    splits["test"] = splits["val"]
+    loaders = {f"{split}_dataloader": dict(dataset={**shared, **own}) for split, own in splits.items()}
+    return Config(dict(default_scope="mmpretrain", model=dict(head=dict(num_classes=number)), **loaders))
+
+
+@pytest.mark.parametrize("val", [{}, {"ann_file": "val.txt"}], ids=["folders", "list"])
+def test_folders_and_lists_number_classes_whatever_they_are_called(val, tmp_path):
+    """ImageNet's folders are numbers of WordNet, its classes words; its validation pictures come with a list."""
+    cfg = _imagenet(tmp_path, val, metainfo=dict(classes=["tench", "goldfish"]))
+    assert dict(_checked(cfg, ["train", "val", "test"]).counts) == {}
+    check_data(cfg, ["train", "val", "test"])
+
+
+def test_as_many_folders_as_classes(tmp_path):
+    """MMPretrain stops where the type of a data set has another number of classes, as ImageNet's 1000."""
+    cfg = _imagenet(tmp_path, {})
+    report = _checked(cfg, ["train"], pictures=False)
+    assert report.counts["class-folders"] == 1
+    with pytest.raises(DataError, match="there are 2 folders, ImageNet by itself has 1000 classes"):
+        check_data(cfg, ["train"])
+    check_data(_imagenet(tmp_path, {}, kind="CustomDataset"), ["train"])
+
+
+def test_pictures_that_the_type_does_not_read_are_named(tmp_path):
+    cfg = _imagenet(tmp_path, {}, kind="CustomDataset")
+    picture().save(tmp_path / "train/n01/2.webp")
+    assert dict(_checked(cfg, ["train"]).counts) == {"folder-other-files": 1}
+    cfg.train_dataloader.dataset.extensions = [".webp", ".jpeg"]
+    assert dict(_checked(cfg, ["train"]).counts) == {}
+
+
+def test_pictures_without_classes_cannot_be_checked(tmp_path):
+    with pytest.raises(ConfigError, match="expected .* a labelled CustomDataset"):
+        _checked(_imagenet(tmp_path, {}, with_label=False), ["train"])
+
+
+def test_a_file_that_two_splits_read_is_checked_for_both(root, tmp_path):
+    document = sound()
+    for annotation in document["annotations"]:
+        del annotation["iscrowd"]
+    write_data(tmp_path, document)
+    cfg = _config(tmp_path)
+    assert dict(_checked(cfg, ["train"]).counts) == {}
+    assert set(_checked(cfg, ["train", "val"]).counts) == {"crowd-missing"}
+
+
+def test_classes_of_a_part_of_ade20k_from_a_file(tmp_path):
+    good_pair(tmp_path, "a")
+    (tmp_path / "names.txt").write_text("wall\nfloor\n")
+    cfg = _seg_config(tmp_path, type="ADE20KDataset", metainfo=dict(classes=str(tmp_path / "names.txt")))
+    cfg.model = dict(decode_head=dict(num_classes=2))
+    check_data(cfg, ["train"])
+    (tmp_path / "names.txt").write_text("wall\nflor\n")
+    with pytest.raises(DataError, match="'flor'"):
+        check_data(cfg, ["train"])
+
+
+def test_nothing_is_written_unless_everything_can_be(root, tmp_path):
+    """The training data could be kept, the validation data not."""
+    document = sound(images=201)
+    document["images"][0]["height"] = "x"
+    write_data(tmp_path, document)
+    few = sound(images=10)
+    few["images"][0]["height"] = "x"
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    cfg = _config(tmp_path)
+    cfg.val_dataloader.dataset.ann_file = "few.json"
+    check = DataCheck(options=None)
+    check.config(cfg, ["train", "val"])
+    with pytest.raises(DataError, match="1 of 10 images .* nothing was written"):
+        check.keep(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_of_a_list_that_cannot_be_used_are_left_out(tmp_path):
+    good_pair(tmp_path, "a")
+    (tmp_path / "list.txt").write_text("a\n\n")
+    check = DataCheck(options=PictureOptions(workers=1))
+    check.config(_seg_config(tmp_path, ann_file=str(tmp_path / "list.txt")), ["train"])
+    assert dict(check.report.counts) == {"list-line": 1}
+    with pytest.raises(DataError, match="1 of 2 images"):
+        check.keep(tmp_path / "out")
+    (kept,) = check.keep(tmp_path / "out", max_skipped=0.5)
+    assert kept.path.read_text() == "a\n" and kept.images_left_out == 1
 
 
 def test_labels_are_turned_into_lists_by_split(tmp_path):

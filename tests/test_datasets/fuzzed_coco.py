@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from mmvmamba.datasets.checks import KINDS, Level, Part, Report, check_coco, keep_coco
+from mmvmamba.datasets.checks import KINDS, Level, Part, Report, check_coco, plan_coco
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planted import FULL, HEIGHT, WIDTH, sound
@@ -170,7 +170,7 @@ def one(seed, folder):
     if len(coco.bad_images) >= 2 or len(coco.bad_annotations) == len(coco.document["annotations"]):
         return "refused"
     try:
-        keep_coco(coco, kept, max_skipped=1.0)
+        plan_coco(coco, kept, max_skipped=1.0).write()
     except ValueError as error:  # nothing would be left
         if "would be left out" in str(error):
             return "refused"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mmvmamba.datasets.checks import KINDS, Part, Report, check_coco, keep_coco, refuse_what_cannot_be_left_out
+from mmvmamba.datasets.checks import KINDS, Part, Report, check_coco, plan_coco, refuse_what_cannot_be_left_out
 from mmvmamba.errors import DataError
 from tests.test_datasets.planted import DEFECTS, sound, write_data
 
@@ -30,7 +30,7 @@ def test_what_is_kept_has_no_error(plant, kind, tmp_path):
             refuse_what_cannot_be_left_out(report)
         return
     refuse_what_cannot_be_left_out(report)
-    kept = keep_coco(coco, tmp_path / "kept.json", max_skipped=0.5)
+    kept = plan_coco(coco, tmp_path / "kept.json", max_skipped=0.5).write()
     again = Report()
     check_coco(kept.path, again)
     assert again.errors == 0, again.text()
@@ -42,7 +42,7 @@ def test_annotations_go_with_their_image(tmp_path):
     document = sound()
     document["images"][1]["height"] = "32"
     coco = check_coco(_write(tmp_path, document), Report())
-    kept = keep_coco(coco, tmp_path / "new/kept.json", max_skipped=0.2)
+    kept = plan_coco(coco, tmp_path / "new/kept.json", max_skipped=0.2).write()
     assert (kept.images, kept.images_left_out, kept.annotations, kept.annotations_left_out) == (6, 1, 15, 3)
     assert kept.line() == f"{kept.path}: 5 of 6 images, 12 of 15 annotations"
     read = json.loads(kept.path.read_text())
@@ -54,7 +54,7 @@ def test_annotations_of_an_id_of_two_images_go(tmp_path):
     document = sound()
     document["images"][1]["id"] = 1
     coco = check_coco(_write(tmp_path, document), Report())
-    keep_coco(coco, tmp_path / "kept.json", max_skipped=0.5)
+    plan_coco(coco, tmp_path / "kept.json", max_skipped=0.5).write()
     read = json.loads((tmp_path / "kept.json").read_text())
     assert [image["id"] for image in read["images"]] == [3, 4, 5, 6]
     assert all(annotation["image_id"] not in (1, 2) for annotation in read["annotations"])
@@ -69,11 +69,11 @@ def test_no_more_than_one_in_a_hundred(part, change, tmp_path):
         entry.update(change)
     for annotation in document["annotations"]:
         annotation["image_id"] = 150 if annotation["image_id"] <= 2 else annotation["image_id"]
-    keep_coco(check_coco(_write(tmp_path, document), Report()), tmp_path / "kept.json")
+    plan_coco(check_coco(_write(tmp_path, document), Report()), tmp_path / "kept.json").write()
     document[part][2].update(change)
     coco = check_coco(_write(tmp_path, document), Report())
     with pytest.raises(DataError, match=rf"3 of 20[01] {part} of .*\(1\.5%\).*at most 1\.0%; nothing was written"):
-        keep_coco(coco, tmp_path / "more.json")
+        plan_coco(coco, tmp_path / "more.json").write()
     assert not (tmp_path / "more.json").exists()
 
 
@@ -82,7 +82,7 @@ def test_never_everything(tmp_path):
     for image in document["images"]:
         image["height"] = 0
     with pytest.raises(DataError, match="6 of 6 images"):
-        keep_coco(check_coco(_write(tmp_path, document), Report()), tmp_path / "kept.json", max_skipped=1.0)
+        plan_coco(check_coco(_write(tmp_path, document), Report()), tmp_path / "kept.json", max_skipped=1.0).write()
 
 
 def test_no_file_is_written_over(tmp_path):
@@ -90,9 +90,9 @@ def test_no_file_is_written_over(tmp_path):
     before = path.read_bytes()
     coco = check_coco(path, Report())
     with pytest.raises(DataError, match="exists and is left alone"):
-        keep_coco(coco, path)
+        plan_coco(coco, path).write()
     assert path.read_bytes() == before
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="cannot be written"):
-        keep_coco(coco, tmp_path / "file/kept.json")
+        plan_coco(coco, tmp_path / "file/kept.json").write()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "pictures", "planted.json"]

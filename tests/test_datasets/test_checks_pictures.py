@@ -22,10 +22,10 @@ from mmvmamba.datasets.checks import (
     check_coco,
     check_coco_pictures,
     check_label_pictures,
-    keep_coco,
-    keep_names,
     look_at_labels,
     look_at_picture,
+    plan_coco,
+    plan_names,
     refuse_what_cannot_be_left_out,
 )
 from mmvmamba.errors import DataError
@@ -82,10 +82,10 @@ def test_broken_pictures(part, make, kind, policy, tmp_path):
                 report.raise_for_errors()
         return
     refuse_what_cannot_be_left_out(report)
-    keep_names(found, tmp_path / "kept.txt", tmp_path, max_skipped=0.5)
+    plan_names(found, tmp_path / "kept.txt", tmp_path, max_skipped=0.5).write()
     bad = is_error or found.bad == {"bad"}
     assert (tmp_path / "kept.txt").read_text().split() == (["a", "c"] if bad else list(NAMES))
-    keep_coco(coco, tmp_path / "kept.json", max_skipped=0.5)
+    plan_coco(coco, tmp_path / "kept.json", max_skipped=0.5).write()
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert len(kept["images"]) == len(kept["annotations"]) == 3 - len(coco.bad_images)
 
@@ -133,6 +133,15 @@ def test_the_size_is_opencv_s(kind, turn, tmp_path):
     picture().save(path, kind, exif=exif)
     height, width = cv2.imread(str(path)).shape[:2]
     assert look_at_picture(path).size == (width, height)
+
+
+@pytest.mark.parametrize("turn", [0, 9, 65535])
+def test_values_that_turn_nothing_are_no_finding(turn, tmp_path):
+    """Cameras write such; OpenCV passes over them."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture().save(tmp_path / "a.jpg", exif=exif)
+    assert look_at_picture(tmp_path / "a.jpg").problems == []
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGBA", "LA", "P", "YCbCr"])
@@ -195,7 +204,7 @@ def test_folders_of_classes(tmp_path):
     found = check_class_folders(tmp_path / "train", report, OPTIONS)
     assert found.classes == ["cat", "dog", "empty"] and found.bad == {"dog/2.jpg"}
     assert dict(report.counts) == {"class-folder-empty": 1, "image-empty": 1}
-    keep_names(found, tmp_path / "kept.txt", tmp_path, max_skipped=0.5)
+    plan_names(found, tmp_path / "kept.txt", tmp_path, max_skipped=0.5).write()
     assert (tmp_path / "kept.txt").read_text() == "cat/1.JPEG 0\ndog/1.JPEG 1\n"
     report = Report()
     lines = "cat/1.JPEG 0\ndog/1.JPEG 5\ndog/1.JPEG\n/etc/passwd 1\ndog/1.JPEG one\n"

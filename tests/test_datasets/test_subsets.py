@@ -183,6 +183,15 @@ def test_classes_keep_their_numbers_in_mmpretrain(small_digits, tmp_path):
     assert [dataset.get_data_info(index)["gt_label"] for index in range(len(dataset))] == [int(last)]
 
 
+def test_folders_that_cannot_be_written(small_digits, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file/x", tmp_path / ("x" * 300)):
+        with pytest.raises(DataError, match="cannot be written .*Name another one"):
+            subset_coco(small_digits, out, **COCO, choice=Choice(2))
+    with pytest.raises(DataError, match="is no folder"):
+        subset_ade20k(tmp_path / ("x" * 5000), tmp_path / "out", **ADE, choice=Choice(2))
+
+
 @pytest.mark.parametrize(("count", "seed"), [(0, 0), (-1, 0), (1.5, 0), (1, -1)])
 def test_choices_that_are_none(count, seed):
     with pytest.raises(DataError, match="expected a whole number from"):

@@ -25,6 +25,8 @@ def _calls(name: str) -> list[tuple[str, list[str]]]:
     calls = [(str(tool.relative_to(ROOT)), [name, name]) for tool in sorted((ROOT / "tools").rglob("*.py"))]
     return [
         *calls,
+        ("demo/image_demo.py", ["cls", name, name, "--weights", name, "--out-dir", name]),
+        ("demo/image_demo.py", ["cls", config, name, "--weights", name, "--device", name]),
         ("tools/train.py", [config, *values]),
         ("tools/train.py", [config, "--resume", name]),
         ("tools/test.py", [config, name, *values, "--out", name, "--show-dir", name]),

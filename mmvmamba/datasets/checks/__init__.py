@@ -9,12 +9,14 @@ from mmvmamba.datasets.checks.folders import (
     check_class_folders,
     check_coco_pictures,
     check_label_pictures,
+    class_folders,
 )
 from mmvmamba.datasets.checks.kept import (
     MAX_SKIPPED,
     Kept,
-    keep_coco,
-    keep_names,
+    Plan,
+    plan_coco,
+    plan_names,
     refuse_what_cannot_be_left_out,
 )
 from mmvmamba.datasets.checks.kinds import KINDS, Kind, Level, Part
@@ -34,6 +36,7 @@ __all__ = [
     "Level",
     "Part",
     "PictureOptions",
+    "Plan",
     "Report",
     "category_names",
     "check_class_folders",
@@ -42,10 +45,11 @@ __all__ = [
     "check_coco_pictures",
     "check_heads",
     "check_label_pictures",
+    "class_folders",
     "compare_classes",
-    "keep_coco",
-    "keep_names",
     "look_at_labels",
     "look_at_picture",
+    "plan_coco",
+    "plan_names",
     "refuse_what_cannot_be_left_out",
 ]

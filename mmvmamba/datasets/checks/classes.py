@@ -32,6 +32,8 @@ _HEADS = (
     ("auxiliary_head",),
     ("head",),
 )
+#: Where models that only wrap another have it: test-time augmentation, semi-supervised training.
+_WRAPPERS = ("module", "detector")
 
 
 def check_class_list(classes: Any) -> list[Problem]:
@@ -112,6 +114,9 @@ def check_heads(model: Mapping[str, Any], number: int) -> list[Problem]:
         model: The model entry of a config.
         number: Classes of the data set.
     """
+    for wrapper in _WRAPPERS:
+        while isinstance(model.get(wrapper), Mapping):
+            model = model[wrapper]
     problems = []
     for path in _HEADS:
         found: Any = model

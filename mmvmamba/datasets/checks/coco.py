@@ -58,11 +58,12 @@ def read_json(path: Path, report: Report) -> Any:
         return entries
 
     try:
-        text = path.read_bytes().decode("utf-8")
-        document = json.loads(text, object_pairs_hook=collect)
-    except OSError as error:
-        report.add("file-missing", path, "", error.strerror or "it cannot be read")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        report.add("file-missing", path, "", getattr(error, "strerror", None) or str(error))
         return None
+    try:
+        document = json.loads(content.decode("utf-8"), object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         report.add("json-invalid", path, "", _why_no_json(path, error))
         return None

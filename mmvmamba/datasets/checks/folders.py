@@ -22,8 +22,11 @@ from mmvmamba.datasets.checks.pictures import (
     own_pixel_limit,
 )
 from mmvmamba.datasets.checks.report import Report, printable, short
+from mmvmamba.files import is_folder
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+#: What MMPretrain takes out of folders of classes, and what else is meant to be a picture.
+CLASS_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif")
+PICTURE_SUFFIXES = (*CLASS_SUFFIXES, ".tiff", ".webp", ".gif")
 
 Progress = Callable[[str, int, int], None]
 _Item = TypeVar("_Item")
@@ -95,6 +98,7 @@ class FolderCheck:
         pixels: Label -> number of pixels, as in the files.
         classes: Names of class folders, in the order that numbers them; empty where a list of images does.
         numbers: Sample -> class number.
+        unusable_lines: Lines of a list that name no sample.
     """
 
     names: list[str] = field(default_factory=list)
@@ -102,6 +106,7 @@ class FolderCheck:
     pixels: Counter[int] = field(default_factory=Counter)
     classes: list[str] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)
+    unusable_lines: int = 0
 
 
 def _files(folder: Path) -> list[str]:
@@ -140,10 +145,13 @@ def check_label_pictures(
     """
     result = FolderCheck()
     for folder in filter(None, (images, labels)):
-        if not folder.is_dir():
+        if not is_folder(folder):
             report.add("file-missing", folder, "", "there is no such folder")
             return result
-    result.names = _sample_names(images, image_suffix, listed, report)
+    if listed is not None:
+        _read_names(listed, result, report)
+    else:
+        result.names = _names_in_folder(images, image_suffix, report)
 
     def look(name: str) -> tuple[Seen, Labels | None]:
         seen = look_at_picture(images / (name + image_suffix), options.max_pixels)
@@ -170,18 +178,17 @@ def check_label_pictures(
     return result
 
 
-def _sample_names(images: Path, suffix: str, listed: Path | None, report: Report) -> list[str]:
-    if listed is not None:
-        names = []
-        for number, line in enumerate(_read_list(listed, report), start=1):
-            name = line.strip()
-            if not name or leaves_folder(name):
-                report.add(
-                    "list-line", listed, f"line {number}", f"it is {short(line)}, expected a name without suffix"
-                )
-            else:
-                names.append(name)
-        return names
+def _read_names(listed: Path, result: FolderCheck, report: Report) -> None:
+    for number, line in enumerate(_read_list(listed, report), start=1):
+        name = line.strip()
+        if name and not leaves_folder(name):
+            result.names.append(name)
+            continue
+        result.unusable_lines += 1
+        report.add("list-line", listed, f"line {number}", f"it is {short(line)}, expected a name without suffix")
+
+
+def _names_in_folder(images: Path, suffix: str, report: Report) -> list[str]:
     files = _files(images)
     names = [name[: -len(suffix)] for name in files if name.endswith(suffix)]
     _report_others([name for name in files if not name.endswith(suffix)], images, suffix, report)
@@ -196,9 +203,14 @@ def _report_others(files: Iterable[str], folder: Path, wanted: str, report: Repo
             report.add("folder-other-files", folder / name, "", f"expected a name that ends in {wanted}")
 
 
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in one, in the order that numbers the classes; hidden ones count, too."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
 def check_class_folders(
     folder: Path, report: Report, options: PictureOptions, *,
-    suffixes: tuple[str, ...] = PICTURE_SUFFIXES, listed: Path | None = None, classes: int | None = None,
+    suffixes: tuple[str, ...] = CLASS_SUFFIXES, listed: Path | None = None, classes: int | None = None,
 ) -> FolderCheck:  # fmt: skip
     """Check a data set for classification: a folder per class, or a list of files with class numbers.
 
@@ -211,17 +223,20 @@ def check_class_folders(
         classes: Number of classes, if it is known.
     """
     result = FolderCheck()
-    if not folder.is_dir():
+    if not is_folder(folder):
         report.add("file-missing", folder, "", "there is no such folder")
         return result
     if listed is not None:
         _read_numbered(listed, result, report, classes)
     else:
-        result.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        result.classes = class_folders(folder)
         for number, name in enumerate(result.classes):
             files = _files(folder / name)
             _report_others(
-                [each for each in files if not each.lower().endswith(suffixes)], folder / name, str(suffixes), report
+                [each for each in files if not each.lower().endswith(suffixes)],
+                folder / name,
+                " or ".join(suffixes),
+                report,
             )
             taken = [f"{name}/{each}" for each in files if each.lower().endswith(suffixes)]
             if not taken:
@@ -250,5 +265,6 @@ def _read_numbered(listed: Path, result: FolderCheck, report: Report, classes: i
         if good and (classes is None or int(number) < classes):
             result.numbers[name] = int(number)
             continue
+        result.unusable_lines += 1
         expected = "'file number'" if classes is None else f"'file number' with a number of 0 to {classes - 1}"
         report.add("list-line", listed, f"line {line_number}", f"it is {short(line)}, expected {expected}")

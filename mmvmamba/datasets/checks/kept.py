@@ -52,8 +52,25 @@ def refuse_what_cannot_be_left_out(report: Report) -> None:
         )
 
 
-def keep_coco(coco: CocoFile, target: Path, max_skipped: float = MAX_SKIPPED) -> Kept:
-    """Write a COCO file without the images and annotations that have an error.
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be written, with nothing against it so far; nothing is written before ``write``."""
+
+    kept: Kept
+    content: Callable[[IO[str]], object]
+
+    def write(self) -> Kept:
+        """Write it.
+
+        Raises:
+            DataError: If the file exists or cannot be written.
+        """
+        _write_new(self.kept.path, self.content)
+        return self.kept
+
+
+def plan_coco(coco: CocoFile, target: Path, max_skipped: float = MAX_SKIPPED) -> Plan:
+    """Plan a COCO file without the images and annotations that have an error.
 
     Annotations of an image that is left out are left out with it, and so are those of an image id that two images have:
     they could belong to either.
@@ -64,7 +81,7 @@ def keep_coco(coco: CocoFile, target: Path, max_skipped: float = MAX_SKIPPED) ->
         max_skipped: Largest share of the images, and of the annotations, that may be left out.
 
     Raises:
-        DataError: If more would be left out, or the file exists or cannot be written.
+        DataError: If more would be left out, or the file exists.
     """
     if coco.document is None:
         raise DataError(f"{coco.path} could not be read, expected a COCO file. Repair it first.")
@@ -85,13 +102,13 @@ def keep_coco(coco: CocoFile, target: Path, max_skipped: float = MAX_SKIPPED) ->
     )
     _refuse_too_many(kept.images_left_out, kept.images, "images", coco.path, max_skipped)
     _refuse_too_many(kept.annotations_left_out, kept.annotations, "annotations", coco.path, max_skipped)
+    _refuse_existing(target)
     document: dict[str, Any] = {**coco.document, "images": kept_images, "annotations": kept_annotations}
-    _write_new(target, lambda file: json.dump(document, file))
-    return kept
+    return Plan(kept, lambda file: json.dump(document, file))
 
 
-def keep_names(checked: FolderCheck, target: Path, source: Path, max_skipped: float = MAX_SKIPPED) -> Kept:
-    """Write a list of the images that have no error, as ``ann_file`` of MMSegmentation or MMPretrain reads it.
+def plan_names(checked: FolderCheck, target: Path, source: Path, max_skipped: float = MAX_SKIPPED) -> Plan:
+    """Plan a list of the images that have no error, as ``ann_file`` of MMSegmentation or MMPretrain reads it.
 
     Args:
         checked: What was found in the folders.
@@ -100,14 +117,15 @@ def keep_names(checked: FolderCheck, target: Path, source: Path, max_skipped: fl
         max_skipped: Largest share of the images that may be left out.
 
     Raises:
-        DataError: If more would be left out, or the file exists or cannot be written.
+        DataError: If more would be left out, or the file exists.
     """
     names = [name for name in checked.names if name not in checked.bad]
-    kept = Kept(target, len(checked.names), len(checked.names) - len(names))
+    number = len(checked.names) + checked.unusable_lines
+    kept = Kept(target, number, number - len(names))
     _refuse_too_many(kept.images_left_out, kept.images, "images", source, max_skipped)
+    _refuse_existing(target)
     lines = [f"{name} {checked.numbers[name]}\n" if checked.numbers else f"{name}\n" for name in names]
-    _write_new(target, lambda file: file.writelines(lines))
-    return kept
+    return Plan(kept, lambda file: file.writelines(lines))
 
 
 def _refuse_too_many(left_out: int, total: int, what: str, source: Path, limit: float) -> None:
@@ -118,11 +136,15 @@ def _refuse_too_many(left_out: int, total: int, what: str, source: Path, limit: 
         )
 
 
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise DataError(f"{str(target)!r} exists and is left alone, expected a new file. Name another --out.")
+
+
 def _write_new(target: Path, write: Callable[[IO[str]], object]) -> None:
     """Write a file that does not exist, whole or not at all."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-    if target.exists():
-        raise DataError(f"{str(target)!r} exists and is left alone, expected a new file. Name another --out.")
+    _refuse_existing(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("x", encoding="utf-8") as file:

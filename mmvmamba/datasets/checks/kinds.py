@@ -112,6 +112,11 @@ _CATEGORIES = {
     "classes-differ": _error(
         Part.NOTHING, "training and validation do not have the same classes in the same order", "Use one list for all."
     ),
+    "class-folders": _error(
+        Part.NOTHING,
+        "there are not as many folders as classes in the config; MMPretrain stops at that",
+        "Correct data_prefix or metainfo.classes; CustomDataset takes any folders.",
+    ),
     "num-classes": _error(
         Part.NOTHING,
         "a head of the model has another number of classes than the data set",
@@ -264,7 +269,11 @@ _LABELS = {
 }
 
 _LISTS = {
-    "list-line": _error(Part.IMAGE, "a line of a list of images cannot be used", "Write 'file class number' per line."),
+    "list-line": _error(
+        Part.IMAGE,
+        "a line of a list of images cannot be used",
+        "Write one file per line, for classification 'file number'.",
+    ),
     "class-folder-empty": _warning("the folder of a class has no picture", "Add pictures or remove the folder."),
 }
 

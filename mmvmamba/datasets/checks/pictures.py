@@ -31,7 +31,8 @@ _READ_ERRORS = (
 )  # fmt: skip
 #: Formats that OpenCV reads as Pillow does; MPO is what phones make of JPEG. For others OpenCV is asked.
 _COMMON = ("JPEG", "MPO", "PNG", "BMP")
-_ORIENTATION = 0x0112
+#: The EXIF entry and those of its values that turn or mirror; OpenCV passes over all others.
+_ORIENTATION, _TURNS = 0x0112, range(2, 9)
 _LARGE_PIXELS = 25_000_000
 #: Pixels that are counted at a time, and different labels in a picture after which no more are counted.
 _PIECE, _MANY_LABELS = 1 << 22, 1 << 16
@@ -116,12 +117,12 @@ def _look_inside(picture: Image.Image, path: Path, seen: Seen, max_pixels: int) 
         picture.load()
     seen.size = (width, height)
     turn = picture.getexif().get(_ORIENTATION, 1)
-    if turn not in (0, 1) or kind not in _COMMON:
+    if turn in _TURNS or kind not in _COMMON:
         seen.size = _size_in_opencv(path)
         if seen.size is None:
             seen.problems.append(("image-unreadable", f"OpenCV does not decode it (format {kind})"))
             return
-    if turn not in (0, 1):
+    if turn in _TURNS:
         stored, got = f"{width} x {height}", f"{seen.size[0]} x {seen.size[1]}"
         seen.problems.append(("image-turned", f"EXIF orientation {turn}: stored as {stored}, decoded as {got}"))
     if mode == "CMYK":
