@@ -50,7 +50,7 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	.venv/bin/shellcheck -x -P . tools/*.sh
+	.venv/bin/shellcheck -x -P . tools/*.sh scripts/*.sh
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc' -o -name '*.hh' | xargs .venv/bin/clang-format --dry-run -Werror
 
 format: install

@@ -1,5 +1,8 @@
-"""The same model tested in overlapping windows of 512x512, the size it is trained at."""
+"""The same model tested in windows of 512x512: for a larger image only class scores grow, in main memory."""
 
 _base_ = "./vmamba-tiny-s1l8_upernet_4xb4-160k_ade20k-512x512.py"
 
-model = dict(test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)))
+model = dict(
+    type="mmvmamba.WindowedEncoderDecoder",
+    test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
+)

@@ -12,7 +12,7 @@ from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError
 from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.registry import MODELS
 
-BACKBONES = [cls for cls in MODELS.module_dict.values() if issubclass(cls, BaseBackbone)]
+BACKBONES = [cls for cls in MODELS.module_dict.values() if isinstance(cls, type) and issubclass(cls, BaseBackbone)]
 if not BACKBONES:  # pytest would skip every test below, and the run would pass
     raise RuntimeError("no backbone is registered: these tests would test nothing")
 pytestmark = pytest.mark.parametrize("backbone", BACKBONES, ids=lambda cls: cls.__name__)
