@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 cxx=${CXX:-g++}
 jobs=${JOBS:-2}
-sanitizers=(-fsanitize=address,undefined -fsanitize=float-cast-overflow -fno-sanitize-recover=all)
+sanitizers=("-fsanitize=address,undefined" -fsanitize=float-cast-overflow -fno-sanitize-recover=all)
 # A small quarantine of freed memory: the inputs are many and short-lived.
 export ASAN_OPTIONS=quarantine_size_mb=16
 export UBSAN_OPTIONS=print_stacktrace=1
@@ -67,6 +67,7 @@ if [ ! -x "$program" ]; then
   # The driver itself is not instrumented, which makes it several times faster; its buffers still are guarded.
   "$cxx" "${flags[@]}" -O2 -c csrc/check/check_kernels.cc -o "$objects/check_kernels.o" &
   driver=$!
+  # shellcheck disable=SC2016 # the inner shell expands them
   printf '%s\n' "${kernels[@]}" | xargs -P "$jobs" -I{} sh -c '"$@" -c "$0" -o "'"$objects"'/$(basename "$0").o"' {} \
     "$cxx" "${flags[@]}" -O1 "${sanitizers[@]}"
   wait "$driver"
