@@ -13,7 +13,7 @@ from mmvmamba.errors import ConfigError
 from tests.nano_models import ROOT, digits_config
 
 DET, SEG = str(digits_config("det")), str(digits_config("seg"))
-OWN = {task: str(next((ROOT / "configs" / task / "own_data").glob("*own*"))) for task in ("det", "seg")}
+OWN = {task: str(next((ROOT / "configs" / task / "own_data").glob("*-s1l8_*own*"))) for task in ("det", "seg")}
 
 
 @pytest.mark.parametrize(
