@@ -6,7 +6,7 @@ No ImageNet weights, small pictures, few proposals, few epochs. docs/own_data.md
 _base_ = "mask-rcnn_vmamba-tiny-s1l8_fpn_1x_own-coco.py"
 
 scale = (256, 256)  # the longer and the shorter side at most
-max_epochs = 3
+max_epochs = 3  # at least 2
 
 channels = 64
 # torchvision computes the same values 2.7 times faster on the CPU than mmcv.
