@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mmvmamba.analysis.predictions import pictures
 from mmvmamba.apis import inferencer
 from mmvmamba.errors import MMVMambaError
 
@@ -40,6 +41,7 @@ def main() -> int:
     """Answer for all inputs and return the exit code."""
     args = parse_args()
     try:
+        pictures(args.inputs)  # a wrong path is said before a model is built and its weights are fetched
         ready = inferencer(args.task, args.model, args.weights, args.device)
         print(ready.weights)
         answers = ready.stream(

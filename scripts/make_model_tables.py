@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package of this checkout, whether or not one is installed
@@ -73,7 +74,7 @@ def _grouped(entry: ModelEntry) -> list[list[ModelResult]]:
 def _cells(entry: ModelEntry, results: list[ModelResult], task: str, with_size: bool) -> list[str]:
     values = {name: value for result in results for name, value in result.metrics.items()}
     who = WHO[results[0].source] if results else "-"
-    files = {"official": entry.weights, "converted": entry.converted_weights}
+    files = {"": entry.weights, " (converted)": entry.converted_weights}
     if results and results[0].setting:
         who += f", {results[0].setting}"
         files = {}  # those of the metafile belong to the config as it stands
@@ -83,8 +84,13 @@ def _cells(entry: ModelEntry, results: list[ModelResult], task: str, with_size: 
         _count(entry, "FLOPs", "G", 1e9) + (f" at {entry.metadata['Input Size']}" if with_size else ""),
         *(str(values.get(name, "-")) for name in METRICS[task]),
         who,
-        ", ".join(f"[{name}]({url})" for name, url in files.items() if url) or "-",
+        ", ".join(f"[{_file_name(url)}]({url}){note}" for note, url in files.items() if url) or "-",
     ]
+
+
+def _file_name(url: str) -> str:
+    """Return what the file of an address is called on the disk, so that a search on the page finds it."""
+    return PurePosixPath(unquote(urlsplit(url).path)).name
 
 
 def _count(entry: ModelEntry, what: str, unit: str, size: float) -> str:

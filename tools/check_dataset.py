@@ -14,6 +14,9 @@ from mmvmamba.apis.dataset_checks import DataCheck
 from mmvmamba.datasets.checks import MAX_PIXELS, MAX_SKIPPED, CocoUse, PictureOptions, check_class_list, compare_classes
 from mmvmamba.errors import ConfigError, DataError
 
+#: So many pictures are looked at before anybody asks how far it is.
+_SMALL = 200
+
 
 def parse_args() -> argparse.Namespace:
     """Return the parsed command line."""
@@ -48,8 +51,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def show_progress(what: str, done: int, total: int) -> None:
-    """Print one line per tenth of the work."""
-    if done == total or done * 10 // total > (done - 1) * 10 // total:
+    """Print one line per tenth of the work, unless it is small."""
+    if total > _SMALL and (done == total or done * 10 // total > (done - 1) * 10 // total):
         print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
 
 
@@ -105,7 +108,7 @@ def main() -> None:
             print(f"written: {kept.line()}")
     elif check.report.errors:
         raise DataError(
-            f"the data set has {check.report.errors} errors, expected none. The report above has the cures."
+            f"the data set has {check.report.errors_in_words()}, expected none. The report above has the cures."
         )
 
 

@@ -7,6 +7,12 @@ say_and_stop() {
   exit 2
 }
 
+# check_gpus VALUE USAGE: the number of processes, which is easily forgotten.
+check_gpus() {
+  if [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; then return; fi
+  say_and_stop "the number of processes (GPUS) is '$1', expected a whole number. Usage: $2"
+}
+
 # check_number NAME VALUE SMALLEST LARGEST
 check_number() {
   if [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (( $2 >= $3 && $2 <= $4 )); then return; fi

@@ -9,8 +9,9 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tools/dist_common.sh
 source "$here/dist_common.sh"
 
-(( $# >= 3 )) ||
-  say_and_stop "found $# arguments, expected tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]."
+usage='tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py].'
+(( $# >= 3 )) || say_and_stop "found $# arguments, expected $usage"
+check_gpus "$3" "$usage"
 as_path "$1"; config=$path
 as_path "$2"; checkpoint=$path
 gpus=$3

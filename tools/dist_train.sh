@@ -12,7 +12,9 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tools/dist_common.sh
 source "$here/dist_common.sh"
 
-(( $# >= 2 )) || say_and_stop "found $# arguments, expected tools/dist_train.sh CONFIG GPUS [arguments of train.py]."
+usage='tools/dist_train.sh CONFIG GPUS [arguments of train.py].'
+(( $# >= 2 )) || say_and_stop "found $# arguments, expected $usage"
+check_gpus "$2" "$usage"
 as_path "$1"; config=$path
 gpus=$2
 shift 2

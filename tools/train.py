@@ -45,10 +45,12 @@ def main() -> None:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = load_config(args.config, work_dir=args.work_dir, cfg_options=args.cfg_options, launcher=args.launcher)
     notes = prepare_training(cfg, amp=args.amp, auto_scale_lr=args.auto_scale_lr, resume=args.resume)
-    check_data(cfg, ["train", "val"])
+    warnings = check_data(cfg, ["train", "val"])
     runner = build_runner(cfg)
     for note in notes:
         runner.logger.log(note.level, note.text)
+    for text in warnings:
+        runner.logger.warning(text)
     train(runner)
 
 

@@ -34,8 +34,10 @@ _OVERRIDE = "or point the config to your copy with --cfg-options {split}_dataloa
 _SELF_DOWNLOADING = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 
 
-def check_data(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
+def check_data(cfg: Mapping[str, Any], splits: Sequence[str]) -> list[str]:
     """Raise ``DataError`` for what of the data sets does not exist, and for classes they do not have.
+
+    Returns warnings, a line each, such as one of classes of the data that the config leaves out.
 
     What is cheap to find out is looked at; ``tools/check_dataset.py`` looks at everything.
 
@@ -54,7 +56,8 @@ def check_data(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
                 if not exists(path):
                     raise DataError(_message(split, entry, path, type_name(dataset)))
     if cfg.get("default_scope") in SCOPES:
-        check_classes(cfg, splits)
+        return check_classes(cfg, splits)
+    return []
 
 
 def _message(split: str, entry: str, path: Path, kind: str) -> str:

@@ -204,8 +204,10 @@ class DataCheck:
         return [plan.write() for plan in plans]  # only when none of them was refused
 
 
-def check_classes(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
+def check_classes(cfg: Mapping[str, Any], splits: Sequence[str]) -> list[str]:
     """Raise for classes of a config that its data or its model do not have; reads no more than it needs for that.
+
+    Returns warnings, a line each, such as one of classes of the data that the config leaves out.
 
     Args:
         cfg: From ``load_config``.
@@ -224,6 +226,7 @@ def check_classes(cfg: Mapping[str, Any], splits: Sequence[str]) -> None:
     }
     _check_classes(sets, {}, folders, cfg.get("model") or {}, report)
     report.raise_for_errors()
+    return report.warning_lines()
 
 
 def _check_classes(

@@ -30,7 +30,7 @@ from mmvmamba.analysis.predictions import (
     pictures,
     segmentation_record,
 )
-from mmvmamba.apis.runner import load_config
+from mmvmamba.apis.runner import CONFIG_ENDINGS, load_config
 from mmvmamba.checkpoints.matching import check, load
 from mmvmamba.checkpoints.mmengine_loader import load_from_mmvmamba
 from mmvmamba.errors import CheckpointError, ConfigError, nearest_spelling
@@ -40,7 +40,6 @@ SCOPES = {"det": "mmdet", "seg": "mmseg", "cls": "mmpretrain"}
 _VISUALIZERS = {"det": "DetLocalVisualizer", "seg": "SegLocalVisualizer"}
 #: Height and width.
 Shape = tuple[int, int]
-_CONFIG_ENDINGS = (".py", ".json", ".yaml", ".yml")
 
 
 def inferencer(
@@ -228,7 +227,7 @@ def _config(task: str, model: str | Path | Config) -> tuple[Config, str | None, 
             f"model is a {type(model).__name__}, expected a name of the model index, a config file or a Config. "
             "Pass one of them."
         )
-    elif isinstance(model, Path) or Path(model).suffix in _CONFIG_ENDINGS:
+    elif isinstance(model, Path) or Path(model).suffix in CONFIG_ENDINGS:
         cfg, name = load_config(str(model)), f"the config file {str(model)!r}"
     else:
         # Of this project's index alone: MMEngine would look through those of other packages, or download them.

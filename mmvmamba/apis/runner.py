@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from mmvmamba.apis.distributed import check_same_start, join_processes
 from mmvmamba.apis.guards import guard_loading, guard_training
+from mmvmamba.apis.overrides import check_overrides
 from mmvmamba.apis.precision import choose_precision
 from mmvmamba.apis.resume import Note, choose_start
 from mmvmamba.checkpoints.mmengine_loader import located
@@ -29,6 +30,8 @@ from mmvmamba.files import is_file
 #: What the numbers of each class of a classifier begin with.
 PER_CLASS = "per-class"
 SCOPES = ("mmdet", "mmseg", "mmpretrain")
+#: What MMEngine reads as a config.
+CONFIG_ENDINGS = (".py", ".json", ".yaml", ".yml")
 _DET_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
 _SEG_TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -63,16 +66,23 @@ def load_config(
         launcher: How distributed processes are started.
 
     Raises:
-        ConfigError: If the file does not exist or its ``default_scope`` is none of ``SCOPES``.
+        ConfigError: If the file does not exist or is no config file, its ``default_scope`` is none of ``SCOPES``, or an
+            override would have no effect.
     """
     if not is_file(path):
         raise ConfigError(
             f"config is {path!r}, which is no file in {str(Path.cwd())!r}, expected a config file. Check the path; the "
             "shipped ones are under configs/."
         )
+    if Path(path).suffix not in CONFIG_ENDINGS:
+        raise ConfigError(
+            f"config is {path!r}, expected a file ending in {', '.join(CONFIG_ENDINGS)}. Name a config; data, weights "
+            "and pictures are other arguments."
+        )
     make_mmseg_bases_resolvable()
     cfg = Config.fromfile(path)
     if cfg_options:
+        check_overrides(path, cfg, cfg_options)
         cfg.merge_from_dict(dict(cfg_options))
     scope = cfg.get("default_scope")
     if scope not in SCOPES:

@@ -184,7 +184,8 @@ def _download(url: str, path: Path, wanted: str | None) -> tuple[str, int]:
     except (OSError, urllib.error.URLError, http.client.HTTPException, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {url!r} could not be downloaded to {str(path)!r}: {error}. Download it elsewhere and put it "
-            "there, or name a file instead of the URL."
+            "there, or name the file instead of the URL: --weights FILE of a demo, --cfg-options "
+            "model.backbone.init_cfg.checkpoint=FILE of a training (init_cfg=None there begins from random weights)."
         ) from error
 
 

@@ -52,6 +52,8 @@ def test_every_model_has_a_row_with_its_numbers(tables):
             shown = [row for row in rows if (result.setting or "upstream |") in row]
             assert all(f"| {value} |" in row for row in shown for value in result.metrics.values()) and shown
         assert (f"({entry.weights})" in rows[0]) == (entry.weights is not None)
+        if entry.weights is not None:
+            assert f"[{entry.weights.rpartition('/')[2]}](" in rows[0]
 
 
 def test_a_changed_number_is_found_and_repaired(tables, readme, monkeypatch):
@@ -78,7 +80,7 @@ def test_our_own_results_get_their_own_row(tables, monkeypatch):
     rows = [line for line in tables.model_tables().splitlines() if line.startswith(f"| [{entry.name}](")]
     assert ["| 82.6 | upstream |" in row for row in rows] == [True, False]
     assert ["| 82.5 | us |" in row for row in rows] == [False, True]
-    assert all("[converted](https://example.org/x.pth)" in row for row in rows)
+    assert all("[x.pth](https://example.org/x.pth) (converted)" in row for row in rows)
 
 
 def test_counts_far_from_the_published_ones_are_explained(tables):

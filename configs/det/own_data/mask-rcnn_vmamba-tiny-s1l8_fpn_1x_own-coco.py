@@ -34,6 +34,9 @@ param_scheduler = [
     dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
 ]
 
+# The usual 50 iterations may be more than an epoch here, and nothing would be logged.
+default_hooks = dict(logger=dict(interval=10))
+
 custom_hooks = [
     dict(type="mmvmamba.PretrainedCheckHook"),
     # Only load_from asks this list, and only where a layer does not fit.

@@ -59,7 +59,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=max_iters // 20),
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=max_iters // 20, end=max_iters),
 ]
-default_hooks = dict(checkpoint=dict(interval=max_iters // 10))
+default_hooks = dict(checkpoint=dict(interval=max_iters // 10), logger=dict(interval=10))
 
 custom_hooks = [
     dict(type="mmvmamba.PretrainedCheckHook"),

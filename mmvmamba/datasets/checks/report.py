@@ -78,6 +78,19 @@ class Report:
         """The number of warnings."""
         return self.number(Level.WARNING)
 
+    def errors_in_words(self) -> str:
+        """Return the number of errors for a sentence."""
+        return f"{self.errors} error" + ("s" if self.errors != 1 else "")
+
+    def warning_lines(self) -> list[str]:
+        """Return the warnings, a line each, the same text of several files once."""
+        return [
+            f"{name}: {printable(text)}. {KINDS[name].cure}"
+            for name in self.kinds()
+            if KINDS[name].level is Level.WARNING
+            for text in dict.fromkeys(example.text for example in self.examples[name])
+        ]
+
     def kinds(self) -> list[str]:
         """Return the kinds that were found, errors first."""
         return sorted(self.counts, key=lambda kind: (KINDS[kind].level is not Level.ERROR, list(KINDS).index(kind)))
@@ -128,4 +141,4 @@ class Report:
             DataError: With the text of the report.
         """
         if self.errors:
-            raise DataError(f"the data set has {self.errors} errors:\n{self.text()}")
+            raise DataError(f"the data set has {self.errors_in_words()}:\n{self.text()}")
