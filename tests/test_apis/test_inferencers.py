@@ -19,7 +19,7 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 
-from mmengine.registry import DefaultScope
+from mmengine.registry import DefaultScope, init_default_scope
 
 from mmvmamba.apis import inferencer, load_config
 from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, DataError
@@ -106,8 +106,9 @@ def test_labels_of_pixels_are_those_of_the_toolbox(ready, scenes, folder):
 def test_classes_are_those_of_the_toolbox(ready, scenes, folder):
     from mmpretrain.apis import ImageClassificationInferencer
 
-    stock = ImageClassificationInferencer(str(digits_config("cls")), str(folder / "cls.pth"), device="cpu")
-    (theirs,) = stock(str(scenes[0]))
+    with DefaultScope.overwrite_default_scope("mmpretrain"):  # another test may have left another library's
+        stock = ImageClassificationInferencer(str(digits_config("cls")), str(folder / "cls.pth"), device="cpu")
+        (theirs,) = stock(str(scenes[0]))
     ours = ready["cls"](scenes[0])[0].record["classes"]
     assert len(ours) == 5
     assert (ours[0]["label"], ours[0]["score"], ours[0]["class"]) == (
@@ -337,12 +338,12 @@ def test_a_config_in_memory_stays_as_it_was(folder, ready, scenes, tmp_path):
     # One that would ask a server belongs here; this one writes files, so that a test can see it.
     cfg.visualizer.vis_backends = [dict(type="LocalVisBackend", save_dir=str(tmp_path / "logged"))]
     before = cfg.pretty_text
-    scope = DefaultScope.get_current_instance()
+    init_default_scope("mmdet")
     loaded = inferencer("seg", cfg, folder / "seg.pth", "cpu")
     assert _plain(loaded(scenes[0], draw=True)[0]) == _plain(ready["seg"](scenes[0])[0])
     assert loaded.toolbox.visualizer._vis_backends == {}
     assert cfg.pretty_text == before
-    assert DefaultScope.get_current_instance() is scope
+    assert DefaultScope.get_current_instance().scope_name == "mmdet"
 
 
 @pytest.mark.parametrize(("task", "count"), [("det", 80), ("seg", 150), ("cls", 1000)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import resource
 import struct
 import sys
 import zlib
@@ -162,6 +161,8 @@ def good_pair(root, name):
 
 def main():
     """Look at all of them in the folder of the first argument, and print the number of findings and the memory."""
+    from peak_memory import peak_kibibytes  # beside this file, which is run as a program
+
     from mmvmamba.datasets.checks import LabelRule, look_at_labels, look_at_picture
     from mmvmamba.datasets.checks.pictures import own_pixel_limit
 
@@ -172,7 +173,7 @@ def main():
             place(path, make())
             seen = look_at_picture(path) if index < len(PICTURES) else look_at_labels(path, LabelRule(10), None)
             found += len(seen.problems)
-    print(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(found, peak_kibibytes())
 
 
 if __name__ == "__main__":

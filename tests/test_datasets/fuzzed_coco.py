@@ -12,7 +12,6 @@ import copy
 import io
 import json
 import random
-import resource
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from mmvmamba.datasets.checks import KINDS, Level, Part, Report, check_coco, plan_coco
 
 sys.path.insert(0, str(Path(__file__).parent))
+from peak_memory import peak_kibibytes
 from planted import FULL, HEIGHT, WIDTH, sound
 
 NASTY = (
@@ -194,7 +194,7 @@ def main():
         except Exception:
             print(f"seed {seed}", file=sys.stderr)
             raise
-    counts["memory in KiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    counts["memory in KiB"] = peak_kibibytes()
     print(json.dumps(counts))
 
 
