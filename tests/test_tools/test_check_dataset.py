@@ -129,7 +129,7 @@ def test_folders_of_ade20k_and_imagenet(run, tmp_path):
         (["--coco", "x", "--max-skipped", "2"], "--max-skipped is 2.0"),
         (["--coco", "x", "--workers", "0"], "--workers is 0"),
         (["none.py"], "config is 'none.py'"),
-        (["--coco", "$(touch canary)"], "the data set has 1 errors"),
+        (["--coco", "$(touch canary)"], "the data set has 1 error"),
     ],
 )
 def test_arguments_that_do_not_go_together(run, arguments, said):
@@ -148,8 +148,8 @@ def test_a_process_of_its_own(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "errors: 1, warnings: 0")
-    assert "pictures of planted.json: 6/6" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: the data set has 1 errors")
+    assert "pictures of planted" not in done.stderr  # progress is for large sets
+    assert done.stderr.splitlines()[-1].startswith("error: the data set has 1 error")
 
 
 def test_training_refuses_a_misspelt_class_before_anything_is_built(run_tool, digits, tmp_path):
