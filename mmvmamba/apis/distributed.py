@@ -22,6 +22,7 @@ from mmengine.logging import print_log
 from torch import distributed as torch_dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # exported, but not by name
 
+from mmvmamba.apis.class_names import class_name
 from mmvmamba.checkpoints.manifest import read_manifest
 from mmvmamba.errors import CheckpointError, ConfigError
 from mmvmamba.loopback import ADDRESS, loopback_store
@@ -125,13 +126,7 @@ def _refuse_strangers() -> None:
 
 
 def _strategy(cfg: Config) -> str:
-    return _class_name(cfg.get("strategy") or {})
-
-
-def _class_name(part: Any) -> str:
-    """Return the bare name of a class that a config names, with or without scope, or has built already."""
-    kind = part.get("type", "") if isinstance(part, dict) else type(part)
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+    return class_name(cfg.get("strategy") or {})
 
 
 def _refuse_shares_for_one(cfg: Config) -> None:
@@ -143,7 +138,7 @@ def _refuse_shares_for_one(cfg: Config) -> None:
 
 
 def _refuse_averages_of_shares(cfg: Config) -> None:
-    names = [_class_name(hook) for hook in cfg.get("custom_hooks") or []]
+    names = [class_name(hook) for hook in cfg.get("custom_hooks") or []]
     if _strategy(cfg) == "FSDPStrategy" and "EMAHook" in names:
         raise ConfigError(
             "custom_hooks has EMAHook and strategy is FSDPStrategy, expected one of them: the hook averages whole "

@@ -13,6 +13,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
+from mmvmamba.apis.class_names import class_name
 from mmvmamba.engine.loops import ResumableLoop
 
 _OURS = "mmvmamba.CheckpointHook"
@@ -114,10 +115,5 @@ def add_hook(cfg: Config, name: str, **arguments: Any) -> None:
         arguments: Its arguments.
     """
     hooks = list(cfg.get("custom_hooks") or [])
-    if not any(_class_name(hook) == name for hook in hooks):
+    if not any(class_name(hook) == name for hook in hooks):
         cfg.custom_hooks = [*hooks, ConfigDict(type=f"mmvmamba.{name}", **arguments)]
-
-
-def _class_name(hook: Any) -> str:
-    kind = hook.get("type") if isinstance(hook, dict) else type(hook)
-    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")

@@ -30,6 +30,7 @@ from mmvmamba.analysis.predictions import (
     pictures,
     segmentation_record,
 )
+from mmvmamba.apis.class_names import bare_name
 from mmvmamba.apis.runner import CONFIG_ENDINGS, load_config
 from mmvmamba.checkpoints.matching import check, load
 from mmvmamba.checkpoints.mmengine_loader import load_from_mmvmamba
@@ -368,18 +369,13 @@ def _without_annotations(cfg: Config) -> Config:
     dataset = cfg.test_dataloader.dataset
     while isinstance(dataset.get("dataset"), dict):
         dataset = dataset["dataset"]
-    steps = [dict(step) for step in dataset.pipeline if "Annotation" not in _bare(step["type"])]
+    steps = [dict(step) for step in dataset.pipeline if "Annotation" not in bare_name(step["type"])]
     for step in steps:
-        if _bare(step["type"]) == "LoadImageFromFile":
+        if bare_name(step["type"]) == "LoadImageFromFile":
             step["type"] = "LoadImageFromFile"  # the toolboxes look for it under this name
     dataset.pipeline = steps
     cfg.test_dataloader.dataset = dataset
     return cfg
-
-
-def _bare(kind: Any) -> str:
-    """Return the name of a class that a config gives as one or as text with or without a scope."""
-    return kind.rpartition(".")[2] if isinstance(kind, str) else str(getattr(kind, "__name__", ""))
 
 
 def _around(base: type, model: nn.Module) -> type:
