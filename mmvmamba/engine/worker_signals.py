@@ -11,13 +11,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 #: Seconds, as in PyTorch's own loops.
 _LOOK_EVERY = 5.0
+_LEFT_TO_THE_MAIN_PROCESS = frozenset({signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
 
 
 class WorkerShield:
@@ -37,13 +39,38 @@ class WorkerShield:
         self._loaders = list(loaders)
         for loader in self._loaders:
             loader.worker_init_fn = _ShieldedStart(loader.worker_init_fn, os.getpid())
+            # A worker calls that only after some work of its own, and dies of a signal that comes before: its process
+            # begins with these signals blocked. PyTorch has no public place around the start of the workers alone.
+            loader._get_iterator = _BlockedStart(loader._get_iterator)  # type: ignore[method-assign]
 
     def lift(self) -> None:
         """Let workers to come start as before."""
         for loader in self._loaders:
             if isinstance(loader.worker_init_fn, _ShieldedStart):
                 loader.worker_init_fn = loader.worker_init_fn.inner
+            if isinstance(loader._get_iterator, _BlockedStart):
+                del loader._get_iterator  # the class has its own again
         self._loaders = []
+
+
+class _BlockedStart:
+    """Starts the workers of a DataLoader while signals are kept back; the main process gets them right after."""
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._start = start
+
+    def __call__(self) -> Any:
+        with _kept_back():
+            return self._start()
+
+
+@contextmanager
+def _kept_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_MAIN_PROCESS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _ShieldedStart:
@@ -56,6 +83,8 @@ class _ShieldedStart:
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        # What has come since the process began is gone with that: ignored.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
         # A handler of Python's does not learn who has sent a signal; a thread that waits for it does. Blocked first, in
         # this thread and so in all that it starts, the signal reaches nobody else.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
