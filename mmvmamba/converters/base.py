@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
+from mmvmamba.models.backbones import FAMILIES
 
 _NAMES_SHOWN = 10
 StateDict = dict[str, Tensor]
 
 #: Family -> module holding its ``CONVERTER``, imported when asked for.
-CONVERTERS: dict[str, str] = {"vmamba": "mmvmamba.converters.vmamba"}
+CONVERTERS: dict[str, str] = {family: f"mmvmamba.converters.{family}" for family in FAMILIES}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,25 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mmvmamba.converters.base import Converter, Rule, StateDict, known_to, reject_unknown_arguments, rename
-from mmvmamba.errors import CheckpointMismatch, ConfigError, nearest_spelling
+from mmvmamba.converters.hierarchical import (
+    AFFINE,
+    BLOCK,
+    OUT_NORM,
+    build_classifier,
+    fill_out_norms,
+    in_words,
+    num_stages,
+    only,
+    released_arguments,
+    sketch,
+    translate,
+    widths,
+    without,
+)
+from mmvmamba.errors import ConfigError, nearest_spelling
 from mmvmamba.models.backbones.vmamba import ARCHS, VMamba, VMambaArch
 
 FORMS = ("classifier", "backbone")
@@ -27,7 +41,7 @@ _BASE_FORWARDS: dict[str, str] = {
     **dict.fromkeys(("v052dc", "v32dc"), "cascade"),
 }
 _VANILLA_FORWARDS = ("v0", "v0seq")
-_OUT_NORMS: dict[str, str] = {
+OUT_NORMS: dict[str, str] = {
     "": "layer_norm",
     "_onnone": "none",
     "_ondwconv3": "depthwise_conv",
@@ -78,24 +92,24 @@ def _upstream_vssm(
     """Translate the arguments of upstream's ``VSSM`` (names and defaults are its) to those of ``VMamba``."""
     depths = tuple(depths)
     arch: dict[str, Any] = dict(
-        dims=tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else tuple(dims),
+        dims=widths(dims, len(depths)),
         depths=depths,
         drop_path_rate=drop_path_rate,
         d_state=ssm_d_state,
         ssm_ratio=ssm_ratio,
         dt_rank=None if ssm_dt_rank == "auto" else ssm_dt_rank,
-        ssm_act=_translate("ssm_act_layer", ssm_act_layer, _ACTIVATIONS),
+        ssm_act=translate("ssm_act_layer", ssm_act_layer, _ACTIVATIONS),
         conv_kernel=ssm_conv,
         conv_bias=ssm_conv_bias,
         ssm_dropout=ssm_drop_rate,
-        ssm_init=_translate("ssm_init", ssm_init, _SSM_INITS),
+        ssm_init=translate("ssm_init", ssm_init, _SSM_INITS),
         mlp_ratio=mlp_ratio,
-        mlp_act=_translate("mlp_act_layer", mlp_act_layer, _ACTIVATIONS),
+        mlp_act=translate("mlp_act_layer", mlp_act_layer, _ACTIVATIONS),
         mlp_dropout=mlp_drop_rate,
         gated_mlp=gmlp,
-        norm=_translate("norm_layer", norm_layer, _NORMS),
-        patch_embed=_translate("patchembed_version", patchembed_version, _PATCH_EMBEDS),
-        downsample=_translate("downsample_version", downsample_version, _DOWNSAMPLES),
+        norm=translate("norm_layer", norm_layer, _NORMS),
+        patch_embed=translate("patchembed_version", patchembed_version, _PATCH_EMBEDS),
+        downsample=translate("downsample_version", downsample_version, _DOWNSAMPLES),
     )
     if ssm_ratio > 0:
         arch |= parse_forward_type(forward_type)
@@ -134,26 +148,16 @@ def parse_forward_type(forward_type: str) -> dict[str, Any]:
         raise ConfigError(
             f"forward_type is {forward_type!r}, expected one of {', '.join((*_VANILLA_FORWARDS, *_BASE_FORWARDS))}; "
             "all but the first two may be followed by at most one out norm "
-            f"({', '.join(name for name in _OUT_NORMS if name)}) and then, in this order, by _nozact, _noz, _oact and "
+            f"({', '.join(name for name in OUT_NORMS if name)}) and then, in this order, by _nozact, _noz, _oact and "
             f"_no32.{nearest_spelling(forward_type, _BASE_FORWARDS)} Reorder or correct the suffixes."
         )
     return dict(
         scan=_BASE_FORWARDS[match["base"]],
-        out_norm=_OUT_NORMS[match["out_norm"] or ""],
+        out_norm=OUT_NORMS[match["out_norm"] or ""],
         gated=match["noz"] is None,
         gate_act=match["nozact"] is None,
         out_act=match["oact"] is not None,
     )
-
-
-def _translate(argument: str, value: object, table: Mapping[str, str]) -> str:
-    key = str(value).lower()
-    if key not in table:
-        raise ConfigError(
-            f"{argument} is {value!r}, expected one of {', '.join(map(repr, table))}.{nearest_spelling(value, table)} "
-            "Write one of these."
-        )
-    return table[key]
 
 
 # ---------------------------------------------------------------- released variants
@@ -184,15 +188,7 @@ UPSTREAM_FUNCTIONS: dict[str, dict[str, Any]] = {
 
 
 def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    kwargs = dict(kwargs)
-    function = kwargs.pop("function", None)
-    if function is not None:
-        if function not in UPSTREAM_FUNCTIONS:
-            raise ConfigError(
-                f"function is {function!r}, expected one of {', '.join(UPSTREAM_FUNCTIONS)}."
-                f"{nearest_spelling(function, UPSTREAM_FUNCTIONS)} Write one of these names."
-            )
-        kwargs = {**UPSTREAM_FUNCTIONS[function], **kwargs}
+    _, kwargs = released_arguments(kwargs, UPSTREAM_FUNCTIONS)
     known = [*_VSSM_DEFAULTS, *(name for name in _BACKBONE_DEFAULTS if form == "backbone" and name != "norm_layer")]
     reject_unknown_arguments(kwargs, known, f"vmamba {form}")
     if form == "classifier":
@@ -209,47 +205,35 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def _build_classifier(kwargs: dict[str, Any]) -> nn.Module:
-    # Only this form needs MMPretrain.
-    from mmengine.registry import DefaultScope
-    from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead
-
     options = _upstream_vssm(**kwargs)
-    last = len(options["arch"].depths) - 1
+    dims = options["arch"].dims
     num_classes = kwargs.get("num_classes", _VSSM_DEFAULTS["num_classes"])
-    # MMPretrain builds its loss and preprocessor by bare names, which a detector's scope would take for mmdet's.
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        return ImageClassifier(
-            backbone=VMamba(**options, out_indices=(last,)),
-            neck=GlobalAveragePooling(),
-            head=LinearClsHead(num_classes, options["arch"].dims[-1]),
-        )
+    return build_classifier(VMamba(**options, out_indices=(len(dims) - 1,)), dims[-1], num_classes)
 
 
 # ---------------------------------------------------------------- state dicts
 
 _OP = r"(?:x_proj_weight|dt_projs_(?:weight|bias)|A_logs|Ds|(?:in|out)_proj\.weight|conv2d\.(?:weight|bias))"
-_AFFINE = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
-_BLOCK = r"layers\.\d+\.blocks\.\d+\."
+_WIDTH = r"norm2?\.weight"
 
 #: Names shared by both forms, unchanged in ours.
 _TRUNK = (
-    Rule(rf"(patch_embed\.[0257]\.{_AFFINE})", r"\1"),
+    Rule(rf"(patch_embed\.[0257]\.{AFFINE})", r"\1"),
     Rule(r"(pos_embed)", r"\1"),
-    Rule(rf"({_BLOCK}(?:norm|norm2)\.{_AFFINE})", r"\1"),
-    Rule(rf"({_BLOCK}op\.{_OP})", r"\1"),
-    Rule(rf"({_BLOCK}op\.out_norm\.(?:[012]\.)?(?:weight|bias))", r"\1"),
-    Rule(rf"({_BLOCK}mlp\.fc[12]\.(?:weight|bias))", r"\1"),
-    Rule(rf"(layers\.\d+\.downsample\.(?:[13]|norm)\.{_AFFINE})", r"\1"),
+    Rule(rf"({BLOCK}(?:norm|norm2)\.{AFFINE})", r"\1"),
+    Rule(rf"({BLOCK}op\.{_OP})", r"\1"),
+    Rule(rf"({BLOCK}op\.out_norm\.(?:[012]\.)?(?:weight|bias))", r"\1"),
+    Rule(rf"({BLOCK}mlp\.fc[12]\.(?:weight|bias))", r"\1"),
+    Rule(rf"(layers\.\d+\.downsample\.(?:[13]|norm)\.{AFFINE})", r"\1"),
     Rule(r"(layers\.\d+\.downsample\.reduction\.weight)", r"\1"),
 )
 #: Names of the first releases.
 _OLD_TRUNK = (
     Rule(r"patch_embed\.proj\.(weight|bias)", r"patch_embed.0.\1"),
-    Rule(rf"patch_embed\.norm\.({_AFFINE})", r"patch_embed.2.\1"),
-    Rule(rf"({_BLOCK})ln_1\.({_AFFINE})", r"\1norm.\2"),
-    Rule(rf"({_BLOCK})self_attention\.((?:out_norm\.(?:weight|bias))|{_OP})", r"\1op.\2"),
+    Rule(rf"patch_embed\.norm\.({AFFINE})", r"patch_embed.2.\1"),
+    Rule(rf"({BLOCK})ln_1\.({AFFINE})", r"\1norm.\2"),
+    Rule(rf"({BLOCK})self_attention\.((?:out_norm\.(?:weight|bias))|{_OP})", r"\1op.\2"),
 )
-_OUT_NORM = Rule(rf"(outnorm\d+\.{_AFFINE})", r"\1")
 _PARAMETERS = ("x_proj_weight", "A_logs", "Ds", "dt_projs_weight", "dt_projs_bias")
 _OP_ORDER = (*_PARAMETERS, "out_norm", "in_proj", "conv2d", "out_proj")
 _VANILLA_OP_ORDER = (*_PARAMETERS, "in_proj", "conv2d", "out_norm", "out_proj")
@@ -257,20 +241,21 @@ _DOWNSAMPLE_ORDER = ("reduction", "norm")
 _HEAD_OF_CLASSIFIER = r"(?:classifier\.(?:norm|head)|norm|head)\..*"
 
 
-def _read(form: str, state_dict: Mapping[str, Tensor], fill_out_norms: Sequence[int]) -> StateDict:
+def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
     if form == "backbone":
-        drop = (_HEAD_OF_CLASSIFIER,) if fill_out_norms else ()
-        ours = rename(state_dict, (*_TRUNK, *_OLD_TRUNK, _OUT_NORM), "a VMamba feature extractor", drop)
-        return _fill_out_norms(ours, state_dict, fill_out_norms)
-    if fill_out_norms:
+        drop = (_HEAD_OF_CLASSIFIER,) if stages else ()
+        ours = rename(state_dict, (*_TRUNK, *_OLD_TRUNK, OUT_NORM), "a VMamba feature extractor", drop)
+        head_norm = {name.rsplit(".", 1)[1] for name in state_dict if re.match(r"(?:classifier\.)?norm\.", name)}
+        return fill_out_norms(ours, stages, _WIDTH, sorted(head_norm) or ("bias", "weight"))
+    if stages:
         raise ConfigError(
-            f"fill_out_norms is {tuple(fill_out_norms)} for form 'classifier', expected () there: a classifier has no "
+            f"fill_out_norms is {tuple(stages)} for form 'classifier', expected () there: a classifier has no "
             "out norms. Use form='backbone'."
         )
-    trunk = rename(_without_head(state_dict), (*_TRUNK, *_OLD_TRUNK), "a VMamba classifier")
-    last = _num_stages(trunk) - 1
+    trunk = rename(without(state_dict, _HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "a VMamba classifier")
+    last = num_stages(trunk, "VMamba") - 1
     head = rename(
-        {name: value for name, value in state_dict.items() if re.fullmatch(_HEAD_OF_CLASSIFIER, name)},
+        only(state_dict, _HEAD_OF_CLASSIFIER),
         _head_rules(last),
         "the head of a VMamba classifier",
     )
@@ -280,39 +265,21 @@ def _read(form: str, state_dict: Mapping[str, Tensor], fill_out_norms: Sequence[
 def _head_rules(last: int) -> tuple[Rule, Rule]:
     """Return the rules of the classification head, whose norm is the out norm of stage ``last`` here."""
     return (
-        Rule(rf"(?:classifier\.)?norm\.({_AFFINE})", rf"backbone.outnorm{last}.\1"),
+        Rule(rf"(?:classifier\.)?norm\.({AFFINE})", rf"backbone.outnorm{last}.\1"),
         Rule(r"(?:classifier\.)?head\.(weight|bias)", r"head.fc.\1"),
     )
 
 
 def _knows(form: str, name: str) -> bool:
-    own = _head_rules(0) if form == "classifier" else (_OUT_NORM,)
+    own = _head_rules(0) if form == "classifier" else (OUT_NORM,)
     return known_to((*_TRUNK, *_OLD_TRUNK, *own), name)
-
-
-def _sketch(trunk: Mapping[str, Tensor]) -> str:
-    """Return depths and dims, as far as the entries tell."""
-    blocks: dict[int, set[int]] = {}
-    dims: dict[int, int] = {}
-    for name, value in trunk.items():
-        match = re.match(r"layers\.(\d+)\.blocks\.(\d+)\.(?:(norm2?\.weight)$)?", name)
-        if match:
-            stage = int(match[1])
-            blocks.setdefault(stage, set()).add(int(match[2]))
-            if match[3]:
-                dims[stage] = value.numel()
-    return _in_words([len(blocks[stage]) for stage in sorted(blocks)], [dims[stage] for stage in sorted(dims)])
-
-
-def _in_words(depths: Sequence[int], dims: Sequence[int]) -> str:
-    return f"with depths {tuple(depths)} and dims {tuple(dims)}"
 
 
 def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
     if form == "backbone":
-        return _in_upstream_order(rename(state_dict, (*_TRUNK, _OUT_NORM), "our VMamba feature extractor"))
+        return _in_upstream_order(rename(state_dict, (*_TRUNK, OUT_NORM), "our VMamba feature extractor"))
     rules = [
-        Rule(rf"backbone\.outnorm\d+\.({_AFFINE})", r"classifier.norm.\1"),
+        Rule(rf"backbone\.outnorm\d+\.({AFFINE})", r"classifier.norm.\1"),
         Rule(r"head\.fc\.(weight|bias)", r"classifier.head.\1"),
         *(Rule(rf"backbone\.{rule.pattern}", rule.target) for rule in _TRUNK),
     ]
@@ -338,46 +305,6 @@ def _in_upstream_order(state_dict: StateDict) -> StateDict:
     return {name: state_dict[name] for _, name in ordered}
 
 
-def _without_head(state_dict: Mapping[str, Tensor]) -> StateDict:
-    return {name: value for name, value in state_dict.items() if not re.fullmatch(_HEAD_OF_CLASSIFIER, name)}
-
-
-def _num_stages(trunk: Mapping[str, Tensor]) -> int:
-    stages = {int(match[1]) for name in trunk if (match := re.match(r"layers\.(\d+)\.", name))}
-    if not stages:
-        raise CheckpointMismatch(
-            "the state dict has no entry 'layers.*', expected those of a VMamba. Check family, form and prefix."
-        )
-    return max(stages) + 1
-
-
-def _fill_out_norms(ours: StateDict, upstream: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
-    """Add out norms at their initial values for ``stages`` that have none."""
-    head_norm = {n.rsplit(".", 1)[1] for n in upstream if re.match(r"(?:classifier\.)?norm\.", n)}
-    names = sorted(head_norm) or ["bias", "weight"]
-    for stage in stages:
-        if f"outnorm{stage}.weight" in ours:
-            continue
-        like = next(
-            (
-                ours[key]
-                for name in ("norm.weight", "norm2.weight")
-                if (key := f"layers.{stage}.blocks.0.{name}") in ours
-            ),
-            None,
-        )
-        if like is None:
-            raise CheckpointMismatch(
-                f"fill_out_norms names stage {stage}, but the state dict has {_num_stages(ours)} stages. Name only "
-                "stages from 0 to that number less one."
-            )
-        for name in names:
-            fill = 1.0 if name in ("weight", "running_var") else 0.0
-            value = torch.full_like(like, fill)
-            ours[f"outnorm{stage}.{name}"] = torch.tensor(0) if name == "num_batches_tracked" else value
-    return ours
-
-
 #: The name of each of upstream's functions as an arch of ours: "vmamba_tiny_s1l8" is "tiny-s1l8".
 _RELEASED = {
     name.replace("vanilla_vmamba", "vanilla").removeprefix("vmamba_").replace("_", "-"): {"function": name}
@@ -394,6 +321,6 @@ CONVERTER = Converter(
     mark=r"layers\.\d+\.blocks\.\d+\.(?:op|self_attention)\.A_logs",
     head=_HEAD_OF_CLASSIFIER,
     knows=_knows,
-    sketch=_sketch,
-    sketches={name: _in_words(ARCHS[name].depths, ARCHS[name].dims) for name in _RELEASED},
+    sketch=lambda trunk: sketch(trunk, _WIDTH),
+    sketches={name: in_words(ARCHS[name].depths, ARCHS[name].dims) for name in _RELEASED},
 )

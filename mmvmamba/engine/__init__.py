@@ -13,7 +13,7 @@ from mmvmamba.engine.hooks import (
 )
 from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmvmamba.engine.optimizers import Bfloat16OptimWrapper, SSMOptimWrapperConstructor
-from mmvmamba.engine.sharding import wrap_vss_blocks
+from mmvmamba.engine.sharding import wrap_blocks
 
 __all__ = [
     "Bfloat16OptimWrapper",
@@ -29,5 +29,5 @@ __all__ = [
     "PretrainedCheckHook",
     "RandomStateHook",
     "SSMOptimWrapperConstructor",
-    "wrap_vss_blocks",
+    "wrap_blocks",
 ]

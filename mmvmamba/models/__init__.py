@@ -1,6 +1,8 @@
 """Networks of mmvmamba; importing this module needs PyTorch and MMEngine only and fills ``registry.MODELS``."""
 
-from mmvmamba.models.backbones import VMamba
+from mmvmamba.models import backbones
+from mmvmamba.models.backbones import *  # noqa: F403 (its list of families is the only one)
 from mmvmamba.models.segmentors import build_windowed_encoder_decoder
 
-__all__ = ["VMamba", "build_windowed_encoder_decoder"]
+__all__ = ["build_windowed_encoder_decoder"]
+__all__ += backbones.__all__

@@ -14,13 +14,13 @@ from mmengine.registry import FUNCTIONS, STRATEGIES
 
 from mmvmamba.apis.guards import guard_training
 from mmvmamba.checkpoints import read_checkpoint
-from mmvmamba.engine import PlainFormHook, wrap_vss_blocks
+from mmvmamba.engine import PlainFormHook, wrap_blocks
 from mmvmamba.models import VMamba
 from mmvmamba.models.backbones.vmamba import VSSBlock
 
 
 def test_policy_and_strategy_are_found_by_their_names():
-    assert FUNCTIONS.get("mmvmamba.wrap_vss_blocks") is wrap_vss_blocks
+    assert FUNCTIONS.get("mmvmamba.wrap_blocks") is wrap_blocks
     strategy = STRATEGIES.get("mmvmamba.FSDPStrategy")
     assert strategy.__module__ == "mmvmamba.engine.strategies"
     assert issubclass(strategy, STRATEGIES.get("mmengine.FSDPStrategy"))
@@ -30,9 +30,9 @@ def test_policy_and_strategy_are_found_by_their_names():
 def test_policy_wraps_the_blocks_and_nothing_else(arch):
     with torch.device("meta"):
         model = VMamba(arch=arch)
-    wrapped = [part for part in model.modules() if wrap_vss_blocks(part, False, 1)]
+    wrapped = [part for part in model.modules() if wrap_blocks(part, False, 1)]
     assert len(wrapped) == sum(model.depths) and all(type(part) is VSSBlock for part in wrapped)
-    assert all(wrap_vss_blocks(part, True, 1) for part in model.modules())
+    assert all(wrap_blocks(part, True, 1) for part in model.modules())
     inside = sum(value.numel() for part in wrapped for value in part.parameters())
     assert inside > 0.5 * sum(value.numel() for value in model.parameters())
 

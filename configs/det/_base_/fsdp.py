@@ -5,7 +5,7 @@ strategy = dict(
     type="mmvmamba.FSDPStrategy",
     model_wrapper=dict(
         type="MMFullyShardedDataParallel",
-        auto_wrap_policy="mmvmamba.wrap_vss_blocks",
+        auto_wrap_policy="mmvmamba.wrap_blocks",
         use_orig_params=True,  # optimizer groups by name (no weight decay), and frozen stages
     ),
     state_dict_cfg="full",  # one file, which every tool reads and any number of GPUs resumes

@@ -30,6 +30,19 @@ _OUT_NORM = re.compile(r"outnorm\d+\.")
 _PARTS_OF_A_CLASSIFIER = {"backbone", "head"}
 
 
+class Block(nn.Module):
+    """What a stage repeats. FSDP shards a model block by block, layer-wise learning rates count them."""
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution and the downsampling that follows them."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample
+
+
 class BaseBackbone(BaseModule):
     """Bookkeeping shared by all hierarchical backbones.
 
@@ -99,7 +112,7 @@ class BaseBackbone(BaseModule):
         )
 
     def add_out_norms(self, norms: Sequence[nn.Module]) -> None:
-        """Register one norm per entry of ``out_indices`` under the official name ``outnorm{i}``."""
+        """Register one norm per entry of ``out_indices`` under the name ``outnorm{i}``; without it outputs stay raw."""
         for i, norm in zip(self.out_indices, norms, strict=True):
             self.add_module(f"outnorm{i}", norm)
 
@@ -126,8 +139,9 @@ class BaseBackbone(BaseModule):
         return block(x)
 
     def collect(self, stage: int, x: Tensor) -> Tensor:
-        """Return the normed output (b, c, h, w), contiguous, of a stage whose map ``x`` is (b, h, w, c)."""
-        return self.get_submodule(f"outnorm{stage}")(x).permute(0, 3, 1, 2).contiguous()
+        """Return the output (b, c, h, w), contiguous and normed, of a stage whose map ``x`` is (b, h, w, c)."""
+        norm = getattr(self, f"outnorm{stage}", None)
+        return (x if norm is None else norm(x)).permute(0, 3, 1, 2).contiguous()
 
     def freeze(self) -> None:
         """Turn off gradients and training mode of what ``frozen_stages`` names, and gradients of unused parts.
@@ -152,8 +166,9 @@ class BaseBackbone(BaseModule):
                 frozen.append(part)
         for stage in range(self.frozen_stages):
             frozen.append(self.layers[stage])
-            if stage in self.out_indices:
-                frozen.append(self.get_submodule(f"outnorm{stage}"))
+            norm = getattr(self, f"outnorm{stage}", None)
+            if norm is not None:
+                frozen.append(norm)
         for module in frozen:
             module.eval()
             module.requires_grad_(False)

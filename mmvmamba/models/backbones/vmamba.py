@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmvmamba.errors import ConfigError, nearest_spelling
-from mmvmamba.models.backbones.base import BaseBackbone
+from mmvmamba.models.backbones.arch import check_stages, resolve_arch
+from mmvmamba.models.backbones.base import BaseBackbone, Block, Stage
 from mmvmamba.models.layers import (
     SS2D,
     DropPath,
@@ -88,15 +88,7 @@ class VMambaArch:
 
     def __post_init__(self) -> None:
         """Check what no layer checks by itself."""
-        for name in ("dims", "depths"):
-            value = getattr(self, name)
-            if not value or not all(isinstance(n, int) and n > 0 for n in value):
-                raise ConfigError(f"arch: {name} is {value!r}, expected positive integers, one per stage. Correct it.")
-        if len(self.dims) != len(self.depths):
-            raise ConfigError(
-                f"arch: dims {self.dims} name {len(self.dims)} stages but depths {self.depths} name "
-                f"{len(self.depths)}, expected equal lengths. Correct one of them."
-            )
+        check_stages(dims=self.dims, depths=self.depths)
         check_choice("scan", self.scan, SCANS)
 
 
@@ -184,7 +176,7 @@ class CascadeSS2D(SS2D):
         return y.view(b, h, 2, d, w).sum(2).transpose(2, 3)
 
 
-class VSSBlock(nn.Module):
+class VSSBlock(Block):
     """Residual 2-D selective scan, then residual MLP, each with its norm.
 
     Args:
@@ -226,15 +218,6 @@ class VSSBlock(nn.Module):
 
     def _branch(self, body: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(body(x)) if self.post_norm else body(norm(x))
-
-
-class Stage(nn.Module):
-    """The blocks of one resolution and the downsampling that follows them."""
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.downsample = downsample
 
 
 @MODELS.register_module()
@@ -281,7 +264,7 @@ class VMamba(BaseBackbone):
         **unknown: Any,
     ) -> None:
         self.reject_unknown(unknown)
-        self.arch = resolve_arch(arch)
+        self.arch = resolve_arch(arch, ARCHS, VMambaArch)
         super().__init__(in_channels, self.arch.depths, out_indices, frozen_stages, norm_eval, with_cp, init_cfg)
         dims, rate = self.arch.dims, self.arch.drop_path_rate if drop_path_rate is None else drop_path_rate
         stem_norm = self.arch.norm if patch_norm else None
@@ -337,30 +320,6 @@ class VMamba(BaseBackbone):
         if self.pos_embed is not None and stored is not None and _is_resizable(stored, self.pos_embed):
             state_dict[key] = _resize(stored, *self.pos_embed.shape[2:])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def resolve_arch(arch: str | Mapping[str, Any] | VMambaArch) -> VMambaArch:
-    """Return the options behind ``arch``.
-
-    Raises:
-        ConfigError: If the name or a key is unknown (with the nearest spelling), or ``dims``/``depths`` missing.
-    """
-    if isinstance(arch, VMambaArch):
-        return arch
-    if isinstance(arch, str):
-        check_choice("arch", arch, tuple(ARCHS))
-        return ARCHS[arch]
-    fields = [field.name for field in dataclasses.fields(VMambaArch)]
-    for key in arch:
-        if key not in fields:
-            raise ConfigError(
-                f"arch: unknown key {key!r}, expected keys among {', '.join(fields)}.{nearest_spelling(key, fields)} "
-                "Remove or rename it."
-            )
-    missing = [key for key in ("dims", "depths") if key not in arch]
-    if missing:
-        raise ConfigError(f"arch: {', '.join(missing)} missing, found {sorted(arch)}. Add one value per stage.")
-    return VMambaArch(**{**arch, "dims": tuple(arch["dims"]), "depths": tuple(arch["depths"])})
 
 
 def _build_ss2d(channels: int, arch: VMambaArch) -> SS2D:
