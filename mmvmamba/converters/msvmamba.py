@@ -90,7 +90,7 @@ def _upstream_v1(
     sscore_type: str = "None",
     add_conv: bool = True,
     add_se: bool = False,
-    convFFN: bool = False,  # noqa: N803 (upstream's name)
+    convFFN: bool = False,
     sep_norm: bool = False,
     ms_stage: Sequence[int] = (),
     ms_split: Sequence[int] = (1, 3),
@@ -236,8 +236,8 @@ def _parse_forward_type(forward_type: str | Sequence[str]) -> dict[str, Any]:
     match = _V3_FORWARD.fullmatch(types.pop()) if len(types) == 1 else None
     if match is None:
         raise ConfigError(
-            f"forward_type is {forward_type!r}, expected 'vms', the same for all stages, perhaps followed in this order "
-            "by _nozact, _noz, _oact and _no32. Take one of these; other networks of this repository are no MSVMamba."
+            f"forward_type is {forward_type!r}, expected 'vms', the same for all stages, perhaps followed by "
+            "_nozact, _noz, _oact and _no32 in this order. Take one of these; other networks of this repository are no MSVMamba."
         )
     return dict(gated=match["noz"] is None, gate_act=match["nozact"] is None, out_act=match["oact"] is not None)
 

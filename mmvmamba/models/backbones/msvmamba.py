@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ class MultiScaleSS2D(SS2D):
         )
 
     def convolve_and_scan(self, x: Tensor) -> Tensor:
-        """Return the merged scans of both resolutions of ``x`` (b, h, w, d), perhaps half of a wider map; same shape."""
+        """Return the merged scans of both resolutions of ``x`` (b, h, w, d), which may be part of a wider map."""
         _, h, w, _ = x.shape
         full, half = self._convolve(x), convolve_depthwise(self.conv2d_b1, x, self.act)
         sets = list(zip(*(values.split(1) for values in self.scan_parameters(x.dtype)), strict=True))
@@ -207,7 +207,7 @@ class MultiScaleSS2D(SS2D):
         return scanned + _resize(self._scan_set(half, self.half_set, sets[self.half_set], route), h, w, "nearest")
 
     def project(self, y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Finish the merged map ``y`` (b, h, w, d), gate it with ``z`` and project it back in ``dtype``; (b, h, w, c)."""
+        """Scale the merged map ``y`` (b, h, w, d), gate it with ``z`` and project it back in ``dtype``; (b, h, w, c)."""
         y = (y if self.norms_tokens else self.out_norm(y)).to(dtype)
         factor = None if self.se is None else self.se.scale(y)
         if type(self.out_act) is not nn.Identity:
@@ -407,7 +407,7 @@ class MSVMamba(BaseBackbone):
         self.check_input(image)
         x = self.patch_embed(image)
         outs = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast("list[Stage]", self.layers)):
             for block in layer.blocks:
                 x = self.run_block(block, x)
             if i in self.out_indices:
