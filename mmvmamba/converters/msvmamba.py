@@ -237,7 +237,7 @@ def _parse_forward_type(forward_type: str | Sequence[str]) -> dict[str, Any]:
     if match is None:
         raise ConfigError(
             f"forward_type is {forward_type!r}, expected 'vms', the same for all stages, perhaps followed by "
-            "_nozact, _noz, _oact and _no32 in this order. Take one of these; other networks of this repository are no MSVMamba."
+            "_nozact, _noz, _oact and _no32 in this order. Take one of these; the other networks there are no MSVMamba."
         )
     return dict(gated=match["noz"] is None, gate_act=match["nozact"] is None, out_act=match["oact"] is not None)
 

@@ -207,7 +207,7 @@ class MultiScaleSS2D(SS2D):
         return scanned + _resize(self._scan_set(half, self.half_set, sets[self.half_set], route), h, w, "nearest")
 
     def project(self, y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Scale the merged map ``y`` (b, h, w, d), gate it with ``z`` and project it back in ``dtype``; (b, h, w, c)."""
+        """Scale and gate the merged map ``y`` (b, h, w, d) and project it back in ``dtype``; (b, h, w, c)."""
         y = (y if self.norms_tokens else self.out_norm(y)).to(dtype)
         factor = None if self.se is None else self.se.scale(y)
         if type(self.out_act) is not nn.Identity:
