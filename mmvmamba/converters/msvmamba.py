@@ -356,15 +356,11 @@ _OP_ORDERS = {
 }
 _FFN_ORDER = ("linear1", "linear2", "dwc")
 _DOWNSAMPLE_ORDER = ("reduction", "norm")
-#: Linear maps that upstream has as 1x1 convolutions.
+#: Linear maps that upstream has as 1x1 convolutions, whose weights ours load as they are.
 _POINTWISE = re.compile(rf"{BLOCK}convFFN\.linear[12]\.weight")
 
 
 def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
-    state_dict = {
-        name: value.flatten(1) if _POINTWISE.fullmatch(name) and value.ndim == 4 else value
-        for name, value in state_dict.items()
-    }
     if form.endswith("backbone"):
         drop = (_HEAD_OF_CLASSIFIER,) if stages else ()
         ours = rename(state_dict, (*_TRUNK, *_OLD_TRUNK, OUT_NORM), "an MSVMamba feature extractor", drop)

@@ -2,9 +2,9 @@
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"
 
-# The official ImageNet weights (82.8 % top-1 as published) are vssm_tiny_ms_e300.pth in a folder of Google Drive that the
-# README of https://github.com/YuHengsss/MSVMamba links, which no address of a file reaches. Download it and pass
-# --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE.
+# The official ImageNet weights (82.8 % top-1 as published) are vssm_tiny_ms_e300.pth in a folder of Google Drive that
+# the README of https://github.com/YuHengsss/MSVMamba links; files in it have no address to be named here. Download it
+# and pass --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE.
 model = dict(backbone=dict(_delete_=True, type="mmvmamba.MSVMamba", arch="v1-tiny"))
 
 val_evaluator = dict(type="FasterCocoMetric")
