@@ -16,6 +16,7 @@ from mmvmamba.converters.hierarchical import (
     OUT_NORM,
     build_classifier,
     fill_out_norms,
+    in_order,
     in_words,
     num_stages,
     only,
@@ -290,19 +291,7 @@ def _in_upstream_order(state_dict: StateDict) -> StateDict:
     """Sort the entries inside each scan and each patch merging as upstream registers them; the rest keeps its place."""
     # Only the first generation (forward type v0, without MLPs) registers its out norm after the convolution.
     in_op = _OP_ORDER if any(".mlp." in name for name in state_dict) else _VANILLA_OP_ORDER
-    places: dict[str, int] = {}
-
-    def place(item: tuple[int, str]) -> tuple[int, int]:
-        index, name = item
-        for infix, order in ((".op.", in_op), (".downsample.", _DOWNSAMPLE_ORDER)):
-            head, found, tail = name.partition(infix)
-            child = tail.split(".")[0]
-            if found and child in order:
-                return places.setdefault(head + infix, index), order.index(child)
-        return index, 0
-
-    ordered = sorted(enumerate(state_dict), key=place)
-    return {name: state_dict[name] for _, name in ordered}
+    return in_order(state_dict, {".op.": in_op, ".downsample.": _DOWNSAMPLE_ORDER})
 
 
 #: The name of each of upstream's functions as an arch of ours: "vmamba_tiny_s1l8" is "tiny-s1l8".

@@ -1,0 +1,5 @@
+"""MSVMamba-S (v3), 300 epochs on ImageNet-1k."""
+
+_base_ = "./msvmamba-v1-tiny_8xb128_in1k.py"
+
+model = dict(backbone=dict(arch="v3-small"))
