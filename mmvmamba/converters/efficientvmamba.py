@@ -20,6 +20,7 @@ from mmvmamba.converters.hierarchical import (
     OUT_NORM,
     build_classifier,
     fill_out_norms,
+    in_order,
     in_words,
     num_stages,
     only,
@@ -243,29 +244,7 @@ def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
             *(Rule(rf"backbone\.{rule.pattern}", rule.target) for rule in _TRUNK),
         ]
         ours = rename(state_dict, rules, "our EfficientVMamba classifier")
-    return _with_flat_names(sort_children(ours, _ORDERS))
-
-
-def sort_children(state_dict: StateDict, orders: Mapping[str, Sequence[str]]) -> StateDict:
-    """Sort the entries inside some modules; all else keeps its place.
-
-    Args:
-        state_dict: Names to tensors.
-        orders: What stands between a module's name and its children's, such as ``".op."`` -> the children in order.
-    """
-    places: dict[str, int] = {}
-
-    def place(item: tuple[int, str]) -> tuple[int, int]:
-        index, name = item
-        for infix, order in orders.items():
-            head, found, tail = name.partition(infix)
-            child = tail.split(".")[0]
-            if found and child in order:
-                return places.setdefault(head + infix, index), order.index(child)
-        return index, 0
-
-    ordered = sorted(enumerate(state_dict), key=place)
-    return {name: state_dict[name] for _, name in ordered}
+    return _with_flat_names(in_order(ours, _ORDERS))
 
 
 #: The name of each released model as an arch of ours: "efficientvmamba_tiny" is "tiny".

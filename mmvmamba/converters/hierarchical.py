@@ -85,6 +85,28 @@ def only(state_dict: Mapping[str, Tensor], pattern: str) -> StateDict:
     return {name: value for name, value in state_dict.items() if re.fullmatch(pattern, name)}
 
 
+def in_order(state_dict: Mapping[str, Tensor], orders: Mapping[str, Sequence[str]]) -> StateDict:
+    """Sort the entries inside some modules; the rest keeps its place.
+
+    Args:
+        state_dict: Names to tensors.
+        orders: What a name has before the children of such a module, such as ``".op."`` -> their order. They stand
+            where the first of them stood.
+    """
+    places: dict[str, int] = {}
+
+    def place(item: tuple[int, str]) -> tuple[int, int]:
+        index, name = item
+        for infix, order in orders.items():
+            head, found, tail = name.partition(infix)
+            child = tail.split(".")[0]
+            if found and child in order:
+                return places.setdefault(head + infix, index), order.index(child)
+        return index, 0
+
+    return {name: state_dict[name] for _, name in sorted(enumerate(state_dict), key=place)}
+
+
 def num_stages(trunk: Mapping[str, Tensor], title: str) -> int:
     """Return the number of stages of our entries of a trunk.
 
