@@ -109,10 +109,11 @@ def split_grids(x: Tensor) -> Tensor:
     return grids.reshape(4, b, h // 2, w // 2, d)
 
 
-def merge_grids(grids: Tensor) -> Tensor:
-    """Undo `split_grids`: (4, b, h, w, d) to (b, 2 h, 2 w, d)."""
-    _, b, h, w, d = grids.shape
-    return grids.reshape(2, 2, b, h, w, d).permute(2, 3, 1, 4, 0, 5).reshape(b, 2 * h, 2 * w, d)
+def merge_grids(grids: Sequence[Tensor]) -> Tensor:
+    """Undo `split_grids`: four of (b, h, w, d) to (b, 2 h, 2 w, d)."""
+    b, h, w, d = grids[0].shape
+    even_rows, odd_rows = (torch.stack(tuple(grids[parity::2]), dim=3) for parity in (0, 1))
+    return torch.stack((even_rows, odd_rows), dim=2).view(b, 2 * h, 2 * w, d)
 
 
 class ES2D(SS2D):
@@ -144,7 +145,7 @@ class ES2D(SS2D):
                     out_dtype=bias.dtype,
                 )
             )
-        y = merge_grids(torch.stack(scanned))
+        y = merge_grids(scanned)
         return y[:, :h, :w] if h % 2 or w % 2 else y
 
 
