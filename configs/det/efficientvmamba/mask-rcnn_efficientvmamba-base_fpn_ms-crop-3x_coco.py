@@ -1,4 +1,4 @@
-"""Mask R-CNN with EfficientVMamba-B and FPN, 36 epochs of many scales on COCO: mmdet's Swin recipe, 8 GPUs x 2 images."""
+"""Mask R-CNN with EfficientVMamba-B and FPN, 36 epochs of many scales on COCO: mmdet's Swin recipe, 8 x 2 images."""
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
 
