@@ -99,14 +99,14 @@ ARCHS: dict[str, EfficientVMambaArch] = {
 _GRID_ORDERS = (ScanOrder.ROW, ScanOrder.COLUMN, ScanOrder.ROW, ScanOrder.COLUMN)
 
 
-def split_grids(x: Tensor) -> Tensor:
-    """Copy the pixels of every other row and column together: ``x`` (b, h, w, d), even sides, to (4, b, h/2, w/2, d).
+def split_grids(x: Tensor) -> list[Tensor]:
+    """Copy the pixels of every other row and column together: ``x`` (b, h, w, d), even sides, to four (b, h/2, w/2, d).
 
     Grid k holds the rows of parity k % 2 and the columns of parity k // 2.
     """
     b, h, w, d = x.shape
-    grids = x.reshape(b, h // 2, 2, w // 2, 2, d).permute(4, 2, 0, 1, 3, 5)
-    return grids.reshape(4, b, h // 2, w // 2, d)
+    pairs = x.reshape(b, h // 2, 2, w // 2, 2, d)
+    return [grid.contiguous() for columns in pairs.unbind(4) for grid in columns.unbind(2)]
 
 
 def merge_grids(grids: Sequence[Tensor]) -> Tensor:
@@ -131,7 +131,7 @@ class ES2D(SS2D):
         weight, bias, decay, skip = self.scan_parameters(x.dtype)
         scanned = []
         # One scan over all grids would want the projections of every pixel for all four (docs/cpu_speed.md).
-        for k, (grid, order) in enumerate(zip(split_grids(x).unbind(), _GRID_ORDERS, strict=True)):
+        for k, (grid, order) in enumerate(zip(split_grids(x), _GRID_ORDERS, strict=True)):
             own = slice(k, k + 1)
             scanned.append(
                 scan2d(
