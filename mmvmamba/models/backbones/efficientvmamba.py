@@ -128,23 +128,19 @@ class ES2D(SS2D):
         _, h, w, _ = x.shape
         if h % 2 or w % 2:
             x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
-        weight, bias, decay, skip = self.scan_parameters(x.dtype)
-        scanned = []
-        # One scan over all grids would want the projections of every pixel for all four (docs/cpu_speed.md).
-        for k, (grid, order) in enumerate(zip(split_grids(x), _GRID_ORDERS, strict=True)):
-            own = slice(k, k + 1)
-            scanned.append(
-                scan2d(
-                    grid,
-                    linear(grid, self.x_proj_weight[k]).unsqueeze(3),
-                    weight[own],
-                    bias[own],
-                    decay[own],
-                    skip[own],
-                    orders=(order,),
-                    out_dtype=bias.dtype,
-                )
+        # One scan over all grids would need the projections of every pixel for all four, of which it uses one.
+        own = zip(*(parameter.split(1) for parameter in self.scan_parameters(x.dtype)), strict=True)
+        routes = zip(split_grids(x), self.x_proj_weight.unbind(), _GRID_ORDERS, own, strict=True)
+        scanned = [
+            scan2d(
+                grid,
+                linear(grid, projection).unsqueeze(3),
+                *parameters,
+                orders=(order,),
+                out_dtype=parameters[1].dtype,
             )
+            for grid, projection, order, parameters in routes
+        ]
         y = merge_grids(scanned)
         return y[:, :h, :w] if h % 2 or w % 2 else y
 
