@@ -30,7 +30,7 @@ from mmvmamba.checkpoints.pickled import follow
 from mmvmamba.errors import CheckpointError, CorruptCheckpoint, HashMismatch, UnsafeCheckpoint
 
 _NAMES_SHOWN = 10
-_SECTIONS = ("state_dict", "model")
+_SECTIONS = ("state_dict", "model", "ema_model")
 _MAX_HEADER = 100 << 20
 _LIST_LOCK = threading.Lock()
 #: Protocols 0 and 1 have no mark at their beginning: a list, dict or tuple, or the name of something to call.
@@ -55,11 +55,12 @@ def read_checkpoint(
 ) -> dict[str, Any]:
     """Return the content of a checkpoint; its weights are under ``"state_dict"``, by name.
 
-    Known layouts are ``{"state_dict": ...}`` (mmengine), ``{"model": ...}`` (official classifiers), the bare state
-    dict and safetensors; ``module.`` of a distributed training is taken off the names. Other entries of the file stay
-    as they are, with NumPy arrays and numbers as such, a ``HistoryBuffer`` as ``HistoryRecord``, a ``CfgNode`` or
-    ``Namespace`` as a dict. The text of a config is found under ``"config_text"`` only, never where mmengine would run
-    it. The metadata of a safetensors file is under ``"meta"``.
+    Known layouts are ``{"state_dict": ...}`` (mmengine), ``{"model": ...}`` (official classifiers),
+    ``{"ema_model": ...}`` (an average alone), the bare state dict and safetensors; ``module.`` of a distributed
+    training, however often, is taken off the names. Other entries of the file stay as they are, with NumPy arrays and
+    numbers as such, a ``HistoryBuffer`` as ``HistoryRecord``, a ``CfgNode`` or ``Namespace`` as a dict. The text of a
+    config is found under ``"config_text"`` only, never where mmengine would run it. The metadata of a safetensors file
+    is under ``"meta"``.
 
     Args:
         source: A file or an https URL.
@@ -349,7 +350,10 @@ def _state_dict(state: Any, name: str) -> dict[str, Tensor]:
             f"{'are no tensors' if wrong else 'is empty'}, expected a dict of tensors, alone or under 'state_dict' or "
             f"'model'. {advice}"
         )
-    prefix = "module." if all(key.startswith("module.") for key in state) else ""
+    prefix = ""
+    # An average of a distributed model has it twice.
+    while all(key.startswith(f"{prefix}module.") for key in state):
+        prefix += "module."
     result: OrderedDict[str, Tensor] = OrderedDict((key[len(prefix) :], value) for key, value in state.items())
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:

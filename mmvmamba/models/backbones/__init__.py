@@ -1,13 +1,23 @@
 """The backbone families, one file each. ``FAMILIES`` is the list of them: everything else in the house goes by it."""
 
 from mmvmamba.models.backbones.base import BaseBackbone
+from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 
 #: Name of a family, which is that of its modules here and in ``mmvmamba.converters``, and its class.
 FAMILIES: dict[str, type[BaseBackbone]] = {
-    "msvmamba": MSVMamba,
     "vmamba": VMamba,
+    "msvmamba": MSVMamba,
+    "efficientvmamba": EfficientVMamba,
 }
 
-__all__ = ["FAMILIES", "MSVMamba", "MSVMambaArch", "VMamba", "VMambaArch"]
+__all__ = [
+    "FAMILIES",
+    "EfficientVMamba",
+    "EfficientVMambaArch",
+    "MSVMamba",
+    "MSVMambaArch",
+    "VMamba",
+    "VMambaArch",
+]
