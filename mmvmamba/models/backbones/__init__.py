@@ -2,10 +2,12 @@
 
 from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
+from mmvmamba.models.backbones.vssd import VSSD, VSSDArch
 
 #: Name of a family, which is that of its modules here and in ``mmvmamba.converters``, and its class.
 FAMILIES: dict[str, type[BaseBackbone]] = {
     "vmamba": VMamba,
+    "vssd": VSSD,
 }
 
-__all__ = ["FAMILIES", "VMamba", "VMambaArch"]
+__all__ = ["FAMILIES", "VSSD", "VMamba", "VMambaArch", "VSSDArch"]
