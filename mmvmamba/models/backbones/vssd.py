@@ -31,26 +31,17 @@ from mmvmamba.models.layers import (
     convolve_depthwise,
     drop_path_schedule,
 )
+from mmvmamba.models.layers.observers import is_unobserved
+from mmvmamba.models.layers.onednn import is_traced, linear
 from mmvmamba.models.layers.patch import image_to_channels_last
+from mmvmamba.models.layers.pointwise import PointwiseConv2d
 from mmvmamba.models.layers.ssm_init import init_dt_bias_
+from mmvmamba.ops import ssd_non_causal
 from mmvmamba.registry import MODELS
 
 Mixer = Literal["ssd", "attention"]
 MIXERS: tuple[str, ...] = get_args(Mixer)
 A_MIN, A_MAX = 1.0, 16.0
-
-
-def ssd_non_causal(x, weight, b_in, c_out, skip=None, *, out_dtype=None, backend=None):
-    """STANDIN"""
-    g = b_in.shape[2]
-    out_dtype = out_dtype or x.dtype
-    acc = out_dtype
-    x, weight, b_in, c_out = (t.to(acc) for t in (x, weight, b_in, c_out))
-    xg = x.unflatten(2, (-1, g))
-    wx = (weight.unsqueeze(-1) * x).unflatten(2, (-1, g))
-    state = torch.einsum("blgn,blagp->bagnp", b_in, wx)
-    y = torch.einsum("blgn,bagnp->blagp", c_out, state).flatten(2, 3)
-    return y if skip is None else y + skip.to(acc)[:, None] * x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +128,13 @@ class ConvNorm(nn.Module):
         act: bool = True,
     ) -> None:
         super().__init__()
-        self.conv = ChannelsLastConv2d(
-            in_channels, channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias
-        )
+        self.conv: nn.Conv2d
+        if kernel == stride == groups == 1:
+            self.conv = PointwiseConv2d(in_channels, channels, bias=bias)
+        else:
+            self.conv = ChannelsLastConv2d(
+                in_channels, channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias
+            )
         self.norm: nn.Module = BatchNorm(channels) if norm else nn.Identity()
         self.act: nn.Module = nn.ReLU(inplace=True) if act else nn.Identity()
 
@@ -248,12 +243,21 @@ class NonCausalSSD(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
-        z, y, dt = self.in_proj(x).split([self.inner, self.conv2d.in_channels, self.num_heads], dim=-1)
+        z, y, dt = self._project_in(x)
         y = convolve_depthwise(self.conv2d, y, self.act)
         mixed = self.mix(y, dt).reshape(z.shape)
         # The sums stay float32 up to and including the norm: they grow with the number of tokens.
         out: Tensor = self.out_proj(self.norm(mixed).to(y.dtype) * z)
         return out
+
+    def _project_in(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the gate (b, h, w, e), what is convolved (b, h, w, e + 2 g n) and the time steps (b, h, w, k)."""
+        parts = [self.inner, self.conv2d.in_channels, self.num_heads]
+        plain = type(self.in_proj) is Linear and is_unobserved(self.in_proj)
+        if plain and not is_traced() and torch.is_grad_enabled():
+            # One product each: the backward pass of a split would copy the gradient of the whole wide map.
+            return [linear(x, weight) for weight in self.in_proj.weight.split(parts)]
+        return self.in_proj(x).split(parts, dim=-1)
 
     def mix(self, y: Tensor, dt: Tensor) -> Tensor:
         """Sum the state over all tokens and read it; (b, l, k, p) in the accumulation type.
