@@ -273,7 +273,7 @@ class NonCausalSSD(nn.Module):
             self.weights(dt).flatten(1, 2),
             b_in.unflatten(-1, (self.num_groups, self.d_state)),
             c_out.unflatten(-1, (self.num_groups, self.d_state)),
-            self.D,
+            self.D.to(_accumulation(y.dtype)),
             out_dtype=_accumulation(y.dtype),
         )
 
