@@ -1,6 +1,6 @@
 """UperNet with VSSD-S, 160k iterations on ADE20K at 512x512; upstream has the config and publishes no result.
 
-Upstream starts from the averaged weights of the ImageNet file, entry "model_ema"; like the others this one takes "model".
+Upstream starts from the averaged weights of the ImageNet file, entry "model_ema"; this one takes "model".
 """
 
 _base_ = "./vssd-tiny_upernet_4xb4-160k_ade20k-512x512.py"
