@@ -4,6 +4,8 @@
 #include "depthwise_conv_impl.h"
 #include "scan2d_impl.h"
 #include "selective_scan_impl.h"
+#include "ssd_impl.h"
+#include "ssd_scan_impl.h"
 
 namespace mmvmamba {
 namespace {
@@ -42,6 +44,13 @@ Kernels<T> make_kernels() {
   kernels.depthwise_conv_workspace = depthwise_conv_workspace<T>;
   kernels.depthwise_conv = depthwise_conv_by_storage<T>;
   kernels.depthwise_conv_backward = depthwise_conv_backward_by_storage<T>;
+  kernels.ssd_workspace = ssd_workspace<T>;
+  kernels.ssd_state = ssd_state_tasks<T>;
+  kernels.ssd_read = ssd_read_tasks<T>;
+  kernels.ssd_backward = ssd_backward_tasks<T>;
+  kernels.ssd_scan_workspace = ssd_scan_workspace<T>;
+  kernels.ssd_scan = ssd_scan_tasks<T>;
+  kernels.ssd_scan_backward = ssd_scan_backward_tasks<T>;
   return kernels;
 }
 

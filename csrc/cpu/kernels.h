@@ -18,6 +18,9 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Positions of a chunk of the causal state space duality; CHUNK in mmvmamba/ops/ssd/reference.py.
+constexpr int kSsdChunk = 64;
+
 // Codes of the named routes; ScanOrder in mmvmamba/ops/scan2d/orders.py.
 enum ScanOrder : int64_t { kRow = 0, kColumn = 1, kRowReversed = 2, kColumnReversed = 3 };
 
@@ -104,6 +107,63 @@ struct DepthwiseConvArgs {
   T* dbias;    // (b bands, d) or null
 };
 
+// Rows (b, l, heads, width) whose last axis lies together; the strides count elements.
+struct RowView {
+  const void* data;
+  Element element;
+  int64_t batch_stride, row_stride, head_stride, width;
+};
+
+// A contiguous tensor (b, l, heads, width).
+struct RowOutput {
+  void* data;
+  Element element;
+  int64_t heads, width;
+};
+
+// State space duality without decay: k heads of p channels, n states; head j uses group j / (k / g) of the projections
+// if blocked, else j % g. Positions are cut into `ranges` of `range` each.
+template <typename T>
+struct SsdArgs {
+  int64_t batch, length, heads, channels, groups, states, range, ranges;
+  bool blocked;
+  RowView x;                // (b, l, k, p)
+  RowView b_in, c_out;      // (b, l, g, n)
+  const T* weight;          // (b, l, k) or null
+  const T* skip;            // (k) or null
+  const T* state;           // (b, k, n, p): read at every position
+  RowOutput out;            // (b, l, k, p)
+  T* partial_state;         // (ranges, b, k, n, p): sums over the positions of every range
+  RowView grad_out;         // (b, l, k, p); data null where nothing was read
+  const T* grad_state;      // (b, k, n, p); null where no state was made
+  RowOutput dx, db, dc;     // (b, l, k, p), (b, l, g, n); dx and db where a state was made, dc where one was read
+  T* dweight;               // (b, l, k) or null
+  T* dskip;                 // (ranges, b, k) or null
+};
+
+// The causal form, with a decay for every head. A task has `task_heads` heads of one group, of which there are `parts`
+// such blocks.
+template <typename T>
+struct SsdScanArgs {
+  int64_t batch, length, heads, channels, groups, states, task_heads, parts;
+  bool blocked, softplus;
+  RowView x;                 // (b, l, k, p)
+  RowView b_in, c_out;       // (b, l, g, n)
+  const T* dt;               // (b, l, k)
+  const T *decay, *skip, *dt_bias;  // (k); the last two or null
+  const T* initial_state;    // (b, k, n, p) or null
+  RowOutput out;             // (b, l, k, p)
+  T* last_state;             // (b, k, n, p)
+  T* carries;                // (b, chunks, k, n, p): states before every chunk; written unless null, read by the backward
+  RowView grad_out;          // (b, l, k, p); data null for zeros
+  const T* grad_last_state;  // (b, k, n, p) or null
+  RowOutput dx;              // (b, l, k, p)
+  T* ddt;                    // (b, l, k)
+  T *db, *dc;                // (parts, b, l, g, n)
+  T* dinitial;               // (b, k, n, p) or null
+  T *ddecay, *dskip, *dbias; // (b, k); the last two or null
+};
+
 // The kernels of one instruction set. A task is one batch entry and one block of channels; tasks are independent.
 template <typename T>
 struct Kernels {
@@ -118,6 +178,16 @@ struct Kernels {
   int64_t (*depthwise_conv_workspace)(const DepthwiseConvArgs<T>&);  // scratch of one thread, in elements
   void (*depthwise_conv)(const DepthwiseConvArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
   void (*depthwise_conv_backward)(const DepthwiseConvArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  // A task is one range of positions of one batch entry and one group of heads, groups counted fastest.
+  int64_t (*ssd_workspace)(const SsdArgs<T>&);  // scratch of one thread, in elements
+  // Sums over positions of b_in (x weight), or of c_out grad_out where grad_out is there.
+  void (*ssd_state)(const SsdArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  void (*ssd_read)(const SsdArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  void (*ssd_backward)(const SsdArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  // A task is a block of heads of one group of one batch entry.
+  int64_t (*ssd_scan_workspace)(const SsdScanArgs<T>&, bool backward);
+  void (*ssd_scan)(const SsdScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  void (*ssd_scan_backward)(const SsdScanArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
 };
 
 struct KernelTable {

@@ -14,17 +14,23 @@ from mmvmamba.ops.scan2d import (
     scan2d,
 )
 from mmvmamba.ops.selective_scan import selective_scan
+from mmvmamba.ops.ssd import HeadGroups, ssd, ssd_non_causal, ssd_read, ssd_state
 
 __all__ = [
     "BIDIRECTIONAL_SCAN",
     "CROSS_SCAN",
     "UNIDIRECTIONAL_SCAN",
     "BackendStatus",
+    "HeadGroups",
     "ScanOrder",
     "available_backends",
     "depthwise_conv2d",
     "order_to_permutation",
     "scan2d",
     "selective_scan",
+    "ssd",
+    "ssd_non_causal",
+    "ssd_read",
+    "ssd_state",
     "use_backend",
 ]

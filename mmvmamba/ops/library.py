@@ -23,6 +23,10 @@ _LIBRARY = torch.library.Library("mmvmamba", "FRAGMENT")
 
 _SCAN_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
 _SCAN2D_INPUTS = "Tensor x, Tensor projections, Tensor dt_weight, Tensor? dt_bias, Tensor A, Tensor? D"
+_SSD_INPUTS = "Tensor x, Tensor? weight, Tensor b_in, Tensor c_out, Tensor? skip"
+_CAUSAL_INPUTS = (
+    "Tensor x, Tensor dt, Tensor decay, Tensor b_in, Tensor c_out, Tensor? skip, Tensor? dt_bias, Tensor? initial_state"
+)
 _ROUTES = "int[] orders, Tensor? permutation"
 
 SCAN_SCHEMAS = (
@@ -55,6 +59,19 @@ SCHEMAS = (
     "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
     "depthwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, int activation, bool need_x,"
     " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    # blocked: head j uses group j // (k / g), else j % g.
+    "ssd_state(Tensor x, Tensor? weight, Tensor b_in, bool blocked) -> Tensor",
+    "ssd_state_backward(Tensor grad_state, Tensor x, Tensor? weight, Tensor b_in, bool blocked)"
+    " -> (Tensor, Tensor, Tensor)",
+    "ssd_read(Tensor state, Tensor c_out, bool blocked, ScalarType out_dtype) -> Tensor",
+    "ssd_read_backward(Tensor grad_out, Tensor state, Tensor c_out, bool blocked) -> (Tensor, Tensor)",
+    f"ssd_non_causal({_SSD_INPUTS}, bool blocked, ScalarType out_dtype) -> (Tensor out, Tensor state)",
+    f"ssd_non_causal_backward(Tensor grad_out, {_SSD_INPUTS}, bool blocked, Tensor state)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"ssd({_CAUSAL_INPUTS}, bool dt_softplus, bool blocked, ScalarType out_dtype, bool save_carries)"
+    " -> (Tensor out, Tensor last_state, Tensor carries)",
+    f"ssd_backward(Tensor? grad_out, Tensor? grad_last_state, {_CAUSAL_INPUTS}, bool dt_softplus, bool blocked,"
+    " Tensor carries) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # The instruction set of the compiled CPU kernels: default, neon, avx2 or avx512. Exists only where they are loaded.
     "cpu_capability() -> str",
 )

@@ -4,12 +4,14 @@ from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
+from mmvmamba.models.backbones.vssd import VSSD, VSSDArch
 
 #: Name of a family, which is that of its modules here and in ``mmvmamba.converters``, and its class.
 FAMILIES: dict[str, type[BaseBackbone]] = {
     "vmamba": VMamba,
     "msvmamba": MSVMamba,
     "efficientvmamba": EfficientVMamba,
+    "vssd": VSSD,
 }
 
 __all__ = [
@@ -20,4 +22,6 @@ __all__ = [
     "MSVMambaArch",
     "VMamba",
     "VMambaArch",
+    "VSSD",
+    "VSSDArch",
 ]

@@ -24,7 +24,7 @@ PATCH_EMBEDS: tuple[str, ...] = get_args(PatchEmbed)
 DOWNSAMPLES: tuple[str, ...] = get_args(Downsample)
 
 
-def _image_to_channels_last(image: Tensor) -> Tensor:
+def image_to_channels_last(image: Tensor) -> Tensor:
     """View an image (b, c, h, w) as (b, h, w, c), dense in that order (a copy of the few input channels)."""
     return image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
@@ -48,7 +48,7 @@ class PatchifyEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image (b, c, h, w) to tokens (b, h', w', d)."""
-        return _run(self, _image_to_channels_last(image))
+        return _run(self, image_to_channels_last(image))
 
 
 class OverlappingEmbed(nn.Module):
@@ -77,7 +77,7 @@ class OverlappingEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image (b, c, h, w) to tokens (b, h', w', d)."""
-        return _run(self, _image_to_channels_last(image))
+        return _run(self, image_to_channels_last(image))
 
 
 class PatchMerging(nn.Module):

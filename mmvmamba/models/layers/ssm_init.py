@@ -50,7 +50,7 @@ def init_ssm_(
     if kind == "mamba":
         bound = dt_weight.shape[-1] ** -0.5
         dt_weight.uniform_(-bound, bound)
-        dt_bias.copy_(_inverse_softplus(_log_uniform(dt_bias)))
+        init_dt_bias_(dt_bias)
         n = torch.arange(1, a_logs.shape[-1] + 1, dtype=torch.float32, device=a_logs.device)
         a_logs.copy_(n.log().expand_as(a_logs))
     elif kind == "random":
@@ -61,6 +61,12 @@ def init_ssm_(
         a_logs.zero_()
         dt_weight.uniform_(0.0, _SIMPLE_DT_SCALE)
         dt_bias.uniform_(0.0, _SIMPLE_DT_SCALE)
+
+
+@torch.no_grad()
+def init_dt_bias_(dt_bias: Tensor) -> None:
+    """Fill ``dt_bias``, of any shape, in place so that its softplus is log-uniform in [1e-3, 1e-1]."""
+    dt_bias.copy_(_inverse_softplus(_log_uniform(dt_bias)))
 
 
 def _log_uniform(like: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""VSSD-B, 300 epochs on ImageNet-1k."""
+
+_base_ = "./vssd-small_8xb128_in1k.py"
+
+model = dict(backbone=dict(arch="base"), head=dict(in_channels=768))

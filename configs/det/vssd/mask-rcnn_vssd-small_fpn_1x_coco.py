@@ -1,0 +1,7 @@
+"""Mask R-CNN with VSSD-S and FPN, 12 epochs on COCO."""
+
+_base_ = "./mask-rcnn_vssd-tiny_fpn_1x_coco.py"
+
+# The official ImageNet weights (84.1 % top-1 as published).
+checkpoint = "https://huggingface.co/YuhengSSS/VSSD/resolve/main/vssd_small_best_ema.pth"
+model = dict(backbone=dict(arch="small", init_cfg=dict(checkpoint=checkpoint)))
