@@ -3,6 +3,7 @@
 from mmvmamba.models.layers.activation import ACTIVATIONS, build_activation
 from mmvmamba.models.layers.checks import check_choice
 from mmvmamba.models.layers.conv import ChannelsLastConv2d
+from mmvmamba.models.layers.depthwise import convolve_depthwise
 from mmvmamba.models.layers.drop_path import DropPath, drop_path_schedule
 from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.mlp import GatedMlp, Mlp
@@ -29,5 +30,6 @@ __all__ = [
     "build_norm",
     "build_patch_embed",
     "check_choice",
+    "convolve_depthwise",
     "drop_path_schedule",
 ]

@@ -18,13 +18,12 @@ from mmvmamba.errors import ConfigError
 from mmvmamba.models.layers.activation import Activation, build_activation
 from mmvmamba.models.layers.checks import check_choice
 from mmvmamba.models.layers.conv import ChannelsLastConv2d
+from mmvmamba.models.layers.depthwise import convolve_depthwise
 from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.norm import LayerNorm
-from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import linear
 from mmvmamba.models.layers.ssm_init import SSMInit, init_ssm_
-from mmvmamba.ops import CROSS_SCAN, ScanOrder, depthwise_conv2d, scan2d
-from mmvmamba.ops.backends import choose_backend
+from mmvmamba.ops import CROSS_SCAN, ScanOrder, scan2d
 
 OutNorm = Literal["layer_norm", "none", "depthwise_conv", "norm_depthwise_conv", "softmax", "sigmoid"]
 OUT_NORMS: tuple[str, ...] = get_args(OutNorm)
@@ -140,34 +139,7 @@ class SS2D(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (b, h, w, d), perhaps half of a wider map, depthwise and apply the activation."""
-        conv = self.conv2d
-        if isinstance(conv, ChannelsLastConv2d) and self._can_fuse(conv, x):
-            return depthwise_conv2d(x, conv.weight, conv.bias, activation="silu")
-        return self.act(conv(x))
-
-    def _can_fuse(self, conv: ChannelsLastConv2d, x: Tensor) -> bool:
-        """Whether convolution and activation are one operator for ``x``: on a CPU, where its kernel is compiled.
-
-        A trace keeps PyTorch's operators, which compilers and other runtimes know.
-        """
-        is_plain = (
-            type(conv) is ChannelsLastConv2d
-            and conv.groups == conv.in_channels == conv.out_channels
-            and conv.stride == conv.dilation == (1, 1)
-            and conv.padding_mode == "zeros"
-            and all(side % 2 == 1 for side in conv.kernel_size)
-            and conv.padding == tuple(side // 2 for side in conv.kernel_size)
-        )
-        return (
-            is_plain
-            and type(self.act) is nn.SiLU
-            and x.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and torch._C._get_tracing_state() is None  # torch.jit.trace
-            and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled("cpu"))
-            and is_unobserved(conv, self.act)
-            and choose_backend(None, "cpu").name == "compiled"
-        )
+        return convolve_depthwise(self.conv2d, x, self.act)
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan ``x`` (b, h, w, d) along every order and sum per pixel; (b, h, w, d) in the accumulation type."""
