@@ -48,14 +48,35 @@ def test_the_metafile_has_our_count(entry):
     assert (entry.metadata["Parameters"], entry.metadata["FLOPs"]) == (cost.parameters, cost.flops)
 
 
-@pytest.mark.parametrize("entry", [e for e in list_models() if e.results], ids=lambda entry: entry.name)
+def decimals(number: float) -> int:
+    """Return how many digits a published number has behind its point."""
+    return len(f"{number:g}".partition(".")[2])
+
+
+COSTED = [entry for entry in list_models() if "Published FLOPs (G)" in entry.metadata]
+
+
+@pytest.mark.parametrize("entry", COSTED, ids=lambda entry: entry.name)
 def test_parameters_are_the_published_ones_and_flops_within_two_percent(entry):
-    assert round(entry.metadata["Parameters"] / 1e6) == entry.metadata["Published Parameters (M)"]
-    counted, told = entry.metadata["FLOPs"] / 1e9, entry.metadata["Published FLOPs (G)"]
-    if "FLOPs Note" in entry.metadata:  # held by the test below instead
-        assert "_vmamba-small-s2l15_fpn" in entry.name and told == 384 and abs(counted / told - 1) > 0.02
+    """Where one is not, the metafile says why."""
+    counted, told = entry.metadata["Parameters"] / 1e6, entry.metadata["Published Parameters (M)"]
+    if "Parameters Note" in entry.metadata:
+        assert round(counted, decimals(told)) != told and abs(counted / told - 1) < 0.05
     else:
-        assert counted == pytest.approx(told, rel=0.02)
+        assert round(counted, decimals(told)) == told
+    counted, told = entry.metadata["FLOPs"] / 1e9, entry.metadata["Published FLOPs (G)"]
+    if "FLOPs Note" in entry.metadata:  # of VMamba it is held by a test below instead
+        assert abs(counted / told - 1) > 0.02
+    else:
+        # A number of two digits is rounded by more than 2 % at times.
+        assert counted == pytest.approx(told, rel=0.02, abs=0.5 * 10 ** -decimals(told))
+
+
+def test_vmamba_has_the_one_number_that_cannot_be_met():
+    models = [entry for entry in list_models() if entry.config.parent.name == "vmamba"]
+    assert not [entry.name for entry in models if entry.results and entry not in COSTED]
+    noted = {entry.name for entry in models if "FLOPs Note" in entry.metadata}
+    assert noted == {f"mask-rcnn_vmamba-small-s2l15_fpn_{recipe}_coco" for recipe in ("1x", "ms-crop-3x")}
 
 
 def test_parameters_are_those_that_upstream_s_counter_printed():

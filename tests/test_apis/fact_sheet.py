@@ -1,30 +1,37 @@
-"""The published numbers of VMamba: our copy of them, and the fact sheet that the copy was made from."""
+"""The published numbers of the families: our copies of them, and the fact sheets that the copies were made from."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-COPY = ROOT / "tests" / "data" / "zoo" / "vmamba_published.json"
+COPIES = ROOT / "tests" / "data" / "zoo"
 SIZES = {"T": "tiny", "S": "small", "B": "base"}
 
 
 def published() -> dict[str, Any]:
-    """Return the copy; its ``origin`` says where every part is from."""
-    return json.loads(COPY.read_text())
+    """Return the copy of VMamba's; its ``origin`` says where every part is from."""
+    return json.loads((COPIES / "vmamba_published.json").read_text())
 
 
-def fact_sheet() -> Path | None:
-    """Return the fact sheet where this checkout lies beside it (or in a worktree one level deeper), else None."""
-    places = [folder / "shared" / "zoo" / "vmamba.md" for folder in ROOT.parents[:2]]
+@functools.cache
+def published_models(family: str) -> dict[str, dict[str, Any]]:
+    """Return what is published of another family: config -> ``metrics``, ``cost`` (M, G) and ``weights``."""
+    return json.loads((COPIES / f"{family}_published.json").read_text())["models"]
+
+
+def fact_sheet(family: str = "vmamba") -> Path | None:
+    """Return a family's fact sheet if this checkout, or the folder of its worktrees, lies beside it, else None."""
+    places = [folder / "shared" / "zoo" / f"{family}.md" for folder in ROOT.parents[:2]]
     return next((place for place in places if place.is_file()), None)
 
 
 def read_sheet(text: str) -> dict[str, dict[str, Any]]:
-    """Return the table "Published results" of the fact sheet by our names of the variants."""
+    """Return the table "Published results" of VMamba's fact sheet by our names of the variants."""
     table = text.split("## Published results", 1)[1].split("\nPeers in the same tables", 1)[0]
     rows = {}
     for line in table.splitlines()[3:]:

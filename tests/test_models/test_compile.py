@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmvmamba.models import VMamba
+from mmvmamba.models import FAMILIES, VMamba
 from mmvmamba.models.layers import ChannelsLastConv2d, Linear, Mlp
 
 SMALL = dict(dims=[8, 16], depths=[1, 1])
@@ -34,6 +34,36 @@ def test_compile_fullgraph(name):
         grads.append(([out.detach() for out in outs], [p.grad.clone() for p in model.parameters()]))
     for eager, other in zip(grads[0][0] + grads[0][1], grads[1][0] + grads[1][1], strict=True):
         torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-5)
+
+
+def _same_as_eager(other, model, image):
+    for out, want in zip(other(image), model(image), strict=True):
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_compiles_without_a_graph_break(family):
+    """For training, forward and backward."""
+    torch._dynamo.reset()
+    model = FAMILIES[family]("nano").train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    image = torch.randn(2, 3, 33, 41)
+    _same_as_eager(compiled, model, image)
+    sum(out.pow(2).mean() for out in compiled(image)).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_exports(family):
+    """At one size, and for any number of images."""
+    model = FAMILIES[family]("nano").eval()
+    image = torch.randn(2, 3, 33, 41)
+    with torch.no_grad():
+        _same_as_eager(torch.export.export(model, (image,)).module(), model, image)
+        batch = torch.export.Dim("b", min=1, max=64)
+        program = torch.export.export(model, (image,), dynamic_shapes=({0: batch},)).module()
+        for images in (1, 3):
+            _same_as_eager(program, model, torch.randn(images, 3, 33, 41))
 
 
 @pytest.mark.parametrize("name", ARCHS)

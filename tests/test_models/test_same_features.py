@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmvmamba.models import VMamba
+from mmvmamba.models import FAMILIES
+from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.layers import ss2d
 from mmvmamba.ops import use_backend
 from mmvmamba.testing import assert_close, requires_extension
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 FEATURES, GRADIENTS = 2e-5, 1e-4
 
 
-def run(model: VMamba, image: Tensor) -> list[Tensor]:
+def run(model: BaseBackbone, image: Tensor) -> list[Tensor]:
     """Feature maps, gradient of the image and of every parameter, for a fixed weight of the features."""
     model.zero_grad()
     leaf = image.clone().requires_grad_()
@@ -36,9 +37,11 @@ def run(model: VMamba, image: Tensor) -> list[Tensor]:
     return [*(out.detach() for out in outs), leaf.grad, *grads]
 
 
-def compare(calculate: Callable[[VMamba, Tensor], list[Tensor]], size: tuple[int, int] = (33, 70)) -> None:
+def compare(
+    family: str, calculate: Callable[[BaseBackbone, Tensor], list[Tensor]], size: tuple[int, int] = (33, 70)
+) -> None:
     torch.manual_seed(0)
-    model = VMamba(arch="nano").train(False)
+    model = FAMILIES[family](arch="nano").train(False)
     image = torch.randn(1, 3, *size)
     found = calculate(model, image)
     with use_backend("reference"):
@@ -51,9 +54,10 @@ def compare(calculate: Callable[[VMamba, Tensor], list[Tensor]], size: tuple[int
 
 @requires_extension()
 @pytest.mark.ext
-def test_cpu_kernels() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cpu_kernels(family: str) -> None:
     with use_backend("compiled"):
-        compare(run)
+        compare(family, run)
 
 
 def test_cuda_kernels_on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,26 +69,27 @@ def test_cuda_kernels_on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return cuda_emulation.scan2d(*args, **options)
 
-    def calculate(model: VMamba, image: Tensor) -> list[Tensor]:
+    def calculate(model: BaseBackbone, image: Tensor) -> list[Tensor]:
         with monkeypatch.context() as patch:
             patch.setattr(ss2d, "scan2d", counted)
             return run(model, image)
 
-    compare(calculate)
+    compare("vmamba", calculate)
     assert calls
 
 
-def triton_in_this_process() -> None:
+def triton_in_this_process(family: str) -> None:
     with use_backend("triton"):
-        compare(run, (18, 21))  # the interpreter is slow
+        compare(family, run, (9, 14))  # the interpreter is slow
 
 
-def test_triton_in_its_interpreter() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_triton_in_its_interpreter(family: str) -> None:
     code = (
         "import sys, types; package = types.ModuleType('tests'); package.__path__ = ['tests']\n"
         "sys.modules['tests'] = package\n"
         "from tests.test_models import test_same_features\n"
-        "test_same_features.triton_in_this_process(); print('same')"
+        f"test_same_features.triton_in_this_process({family!r}); print('same')"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
