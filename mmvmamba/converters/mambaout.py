@@ -67,7 +67,7 @@ _DEFAULTS = {name: p.default for name, p in inspect.signature(_upstream_mambaout
 #: Upstream's arguments that are classes or functions, of which every released model has the default.
 _CLASSES = ("downsample_layers", "norm_layer", "act_layer", "output_norm", "head_fn")
 
-#: Stochastic depth is an argument of upstream's training script, so it is 0 here; ``ARCHS`` has that of the recipes.
+#: As upstream's functions have them: without stochastic depth, which is an argument of its training script.
 UPSTREAM_FUNCTIONS: dict[str, dict[str, Any]] = {
     f"mambaout_{name}": dict(depths=arch.depths, dims=arch.dims) for name, arch in ARCHS.items() if name != "nano"
 }
@@ -193,7 +193,11 @@ def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
     return {name: renamed[name] for name in ordered}
 
 
-_RELEASED = {name.removeprefix("mambaout_"): {"function": name} for name in UPSTREAM_FUNCTIONS}
+_RELEASED = {
+    name: {"function": f"mambaout_{name}", "drop_path_rate": arch.drop_path_rate}
+    for name, arch in ARCHS.items()
+    if f"mambaout_{name}" in UPSTREAM_FUNCTIONS
+}
 
 CONVERTER = Converter(
     FORMS,
