@@ -1,9 +1,10 @@
-"""MambaOut-Tiny, 300 epochs on ImageNet-1k: mmpretrain's Swin recipe with upstream's optimizer, 8 GPUs x 128 images.
+"""MambaOut-Tiny, 300 epochs on ImageNet-1k: mmpretrain's Swin recipe, 8 GPUs x 128 images.
 
-Upstream's batch of 4096 images is that of four steps here, whose gradients are added. Upstream's are learning rate,
-warm-up, the ten epochs at the least learning rate in the end, no clipping, no moving average, and tests at 224 without
-margin. Mixup, CutMix, RandAugment, erasing and smoothing are the same in both recipes. Differences from upstream:
-images are always resized bicubically, not at times bilinearly, and the cosine begins at its top after the warm-up.
+Upstream trains with 4096 images and a learning rate of 4e-3, which is this one by the linear rule: ``--auto-scale-lr``
+on 32 GPUs gives it. Upstream's are also ten more epochs at the least learning rate, no clipping, no moving average, and
+tests at 224 without margin. Mixup, CutMix, RandAugment, erasing and smoothing are the same in both recipes. Differences
+from upstream: images are always resized bicubically, not at times bilinearly, and the cosine begins at its top after
+the warm-up.
 """
 
 _base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
@@ -27,12 +28,10 @@ optim_wrapper = dict(
     dtype="bfloat16",
     loss_scale=dict(enabled=False),
     constructor="mmvmamba.SSMOptimWrapperConstructor",
-    accumulative_counts=4,
-    optimizer=dict(lr=4e-3),
     clip_grad=None,
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=2.5e-4, by_epoch=True, end=20, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=20, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=20, end=300),
 ]
 train_cfg = dict(by_epoch=True, max_epochs=310, val_interval=1)

@@ -6,8 +6,8 @@ from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 
 #: Name of a family, which is that of its modules here and in ``mmvmamba.converters``, and its class.
 FAMILIES: dict[str, type[BaseBackbone]] = {
-    "vmamba": VMamba,
     "mambaout": MambaOut,
+    "vmamba": VMamba,
 }
 
 __all__ = ["FAMILIES", "MambaOut", "MambaOutArch", "VMamba", "VMambaArch"]
