@@ -18,7 +18,7 @@ from mmvmamba.models.backbones import FAMILIES
 from tests.nano_models import digits_config, script
 
 ITERATIONS, ENDS = 100, 20
-#: Task: library, images of a step, and by what part the mean loss of the last iterations must be below that of the first.
+#: Task: library, images of a step, and by what part the mean loss of the last iterations must be below the first's.
 TASKS = {"det": ("mmdet", 1, 0.3), "seg": ("mmseg", 2, 0.3)}
 
 
