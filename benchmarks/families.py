@@ -1,21 +1,19 @@
 """Time every variant of every family on a CPU: ``python -m benchmarks.families --threads 1 --json FILE``.
 
-The list of families is `mmvmamba.models.backbones.FAMILIES`, their variants are what their ``ARCHS`` have besides the
-ones for tests. All run in one process on the same image (batch 1, float32), interleaved with two peers: Swin-T (mmdet)
-and VMamba tiny-s1l8, by whose time per multiply-add that of every variant is divided. A training step is forward,
-mean-square loss and backward. First the small network of every family is compared with the reference path in float64,
-its gradient included, and the maps of every variant are looked at.
+The list of families is `mmvmamba.models.backbones.FAMILIES`, their variants are the released ones that their converters
+name. All run in one process on the same image (batch 1, float32), interleaved with two peers: Swin-T (mmdet) and VMamba
+tiny-s1l8, by whose time per multiply-add that of every variant is divided. A training step is forward, mean-square loss
+and backward. First the small network of every family is compared with the reference path in float64, its gradient
+included, and the maps of every variant are looked at.
 
-A round of all variants at 224 and 512 takes minutes, so there are few (``--rounds``); ``--families``, ``--variants``,
-``--sizes`` and ``--passes`` choose.
+A round of all variants at 224 and 512 takes more than a minute; ``--seconds`` and ``--rounds`` bound their number for
+each size and pass, ``--families``, ``--variants``, ``--sizes`` and ``--passes`` choose.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +27,7 @@ from benchmarks.backbones import FORWARD, TRAINING, forward_step, training_step
 from benchmarks.harness import DisagreementError, Notes, Timing, interleave, save
 from benchmarks.models import DROP_PATH, PEERS, Peer, check_shapes, check_vmamba, parse_size
 from mmvmamba.analysis.flops import count_backbone
+from mmvmamba.converters.base import load_converter
 from mmvmamba.models.backbones import FAMILIES
 
 Row = dict[str, Any]
@@ -40,9 +39,8 @@ CHECK_SIZE = (64, 96)
 
 
 def variants(family: str) -> tuple[str, ...]:
-    """Return the variants of a family, the one for tests last."""
-    archs = importlib.import_module(FAMILIES[family].__module__).ARCHS
-    return (*(name for name in archs if name != FOR_TESTS), FOR_TESTS)
+    """Return the released variants of a family, then the one for tests."""
+    return (*load_converter(family).released, FOR_TESTS)
 
 
 def build(family: str, variant: str) -> nn.Module:
@@ -104,8 +102,8 @@ class Suite:
             flops = {label: count_backbone(model, *parse_size(size)).flops for label, model in self.models.items()}
             for passes in self.options.passes:
                 begin = time.perf_counter()
-                runs, rounds = self.steps(passes, self.models, image), self.options.rounds
-                timings = interleave(runs, math.inf, rounds, least_rounds=rounds)
+                runs = self.steps(passes, self.models, image)
+                timings = interleave(runs, self.options.seconds, self.options.rounds)
                 self.report(size, passes, flops, timings)
                 print(f"-- {size}, {passes}: {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -150,7 +148,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of every model, after one that is not")
+    parser.add_argument("--seconds", type=float, default=300.0, help="time for each size and pass, but three rounds")
+    parser.add_argument("--rounds", type=int, default=20, help="most rounds for each size and pass")
     parser.add_argument("--json", type=Path, help="also write the raw results here")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--variants", nargs="+", help="of the families that have them (default: all)")
