@@ -52,6 +52,8 @@ COLUMNS: tuple[Column, ...] = (
     ("repeats_bitwise", "same bits", lambda same: "yes" if same else "NO"),
     ("over_gemm", "GEMM / this", "{:.3g}".format),
     ("over_swin", "this / Swin", "{:.3f}".format),
+    ("flops", "G multiply-adds", lambda value: f"{value / 1e9:.2f}"),
+    ("per_flop", "time per multiply-add / VMamba-T's", "{:.2f}".format),
     ("scan_share", "scan2d share", _percent),
     ("slope", "slope", "{:.3f}".format),
     ("step_bytes", "step MiB", _mib),

@@ -16,6 +16,7 @@ head of a segmentor, which only a training uses.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter
@@ -81,15 +82,40 @@ def count_model(cfg: Config, height: int, width: int, *, proposals: int = PROPOS
         raise ConfigError("model is missing in the config, expected one to count. Give the config of a whole model.")
     model = _build(cfg).eval()
     _replace_what_needs_values(model, proposals)
-    counter = _Counter(model)
+    image = torch.empty(1, 3, height, width, device="meta")
     try:
-        with torch.no_grad(), counter:
-            model(torch.empty(1, 3, height, width, device="meta"), _data_samples(cfg, height, width), mode="tensor")
+        return _count(model, image, _data_samples(cfg, height, width), mode="tensor")
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ConfigError(
             f"the model {cfg.model.type} cannot be counted: it needs values where only shapes are known "
             f"({' '.join(str(error).split())[:300]}). Count it with mmengine.analysis.get_model_complexity_info."
         ) from error
+
+
+def count_backbone(model: nn.Module, height: int, width: int) -> ModelCost:
+    """Count one image of ``height`` x ``width`` through a module that takes nothing else.
+
+    Args:
+        model: A backbone of 3 input channels; it is copied, and stays as it is.
+        height: Rows.
+        width: Columns.
+    """
+    # What stands in for the tensors has no values: nothing large is copied.
+    stand_ins = {id(tensor): _without_values(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, stand_ins)
+    copied.train(False)
+    return _count(copied, torch.empty(1, 3, height, width, device="meta"))
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    shape = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+
+
+def _count(model: nn.Module, *inputs: Any, **options: Any) -> ModelCost:
+    counter = _Counter(model)
+    with torch.no_grad(), counter:
+        model(*inputs, **options)
     return ModelCost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         flops=sum(counter.by_part.values()),

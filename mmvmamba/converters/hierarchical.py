@@ -6,7 +6,7 @@ Names here are ours: ``layers.<stage>.blocks.<block>.`` and ``outnorm<stage>.``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,8 +62,17 @@ def widths(dims: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     return tuple(dims * 2**i for i in range(num_stages)) if isinstance(dims, int) else tuple(dims)
 
 
-def build_classifier(backbone: nn.Module, channels: int, num_classes: int) -> nn.Module:
-    """Return MMPretrain's ``ImageClassifier`` that averages the last map and classifies it linearly."""
+def build_classifier(
+    backbone: nn.Module, channels: int, num_classes: int, head: Callable[[], nn.Module] | None = None
+) -> nn.Module:
+    """Return MMPretrain's ``ImageClassifier`` that averages the last map and classifies it.
+
+    Args:
+        backbone: The feature extractor.
+        channels: Channels of its last map.
+        num_classes: Number of classes.
+        head: Builds the head; None for one linear map.
+    """
     # Only this form needs MMPretrain.
     from mmengine.registry import DefaultScope
     from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead
@@ -71,7 +80,9 @@ def build_classifier(backbone: nn.Module, channels: int, num_classes: int) -> nn
     # MMPretrain builds its loss and preprocessor by bare names, which a detector's scope would take for mmdet's.
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         return ImageClassifier(
-            backbone=backbone, neck=GlobalAveragePooling(), head=LinearClsHead(num_classes, channels)
+            backbone=backbone,
+            neck=GlobalAveragePooling(),
+            head=LinearClsHead(num_classes, channels) if head is None else head(),
         )
 
 

@@ -10,10 +10,13 @@ import types
 import pytest
 import torch
 
-from benchmarks import backbones, contestants, detectors, ops, table, upstream_path
+from benchmarks import backbones, contestants, detectors, families, ops, table, upstream_path
 from benchmarks.cases import BACKWARD, CORE, FORWARD, SCAN, SEQUENCE, Case, build_problem, expect, sampled_grad
 from benchmarks.contestants import Contestant
 from benchmarks.harness import Notes
+from benchmarks.models import Peer
+from mmvmamba.converters.base import load_converter
+from mmvmamba.models.backbones import FAMILIES
 from mmvmamba.ops.scan2d import CROSS_SCAN, order_to_permutation
 from mmvmamba.testing import requires_extension
 
@@ -186,6 +189,56 @@ def test_backbone_that_disagrees_with_the_reference_ends_the_run(monkeypatch, ca
     arguments = ["--threads", "1", "--seconds", "0.01", "--variant", "nano", "--sizes", "32", "--models", "vmamba"]
     assert backbones.main(arguments) == 1
     assert "differs from the reference" in capsys.readouterr().err
+
+
+NANO = ["--threads", "1", "--seconds", "0.01", "--nano-peers", "--variants", "nano"]
+
+
+@requires_extension()
+def test_families(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mmdet")
+    path = tmp_path / "families.json"
+    assert families.main([*NANO, "--sizes", "32", "64x96", "--json", str(path)]) == 0
+    rows = _rows(path)
+    everyone = {"Swin-T", "vmamba tiny-s1l8", *(f"{family} nano" for family in FAMILIES)}
+    for case in ("32", "64x96"):
+        for passes in ("forward", "training step"):
+            found = [row for row in rows if (row["case"], row["pass"]) == (case, passes)]
+            assert {row["contestant"] for row in found} == everyone
+            assert all(row["minimum"] > 0 and row["over_swin"] > 0 and row["flops"] > 0 for row in found)
+            assert {row["contestant"]: row["per_flop"] for row in found}["vmamba tiny-s1l8"] == 1.0
+    capsys.readouterr()
+    assert table.main([str(path)]) == 0
+    assert "time per multiply-add / VMamba-T's" in capsys.readouterr().out
+
+
+def test_every_released_variant_is_timed_unless_told_otherwise(monkeypatch) -> None:
+    built = []
+    monkeypatch.setattr(families, "build", lambda family, variant: built.append((family, variant)))
+    monkeypatch.setattr(families, "PEERS", {"swin": Peer("Swin", lambda _variant: torch.nn.Identity(), "torch")})
+    families.Suite(families.parse([]))
+    assert len(built) == len(set(built))
+    assert set(built) == {(family, variant) for family in FAMILIES for variant in load_converter(family).released}
+
+
+def test_families_refuse_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert families.main(["--families", "mambaout", "--variants", "tiny-s1l8"]) == 2
+    assert "--variants names tiny-s1l8, expected variants of mambaout: femto" in capsys.readouterr().err
+    assert families.main(["--rounds", "0"]) == 2
+    assert "--rounds is 0" in capsys.readouterr().err
+
+
+@requires_extension()
+def test_a_family_that_disagrees_with_the_reference_ends_the_run(monkeypatch, capsys) -> None:
+    from mmvmamba.models.backbones import mambaout
+
+    right = mambaout.convolve_depthwise
+    # The reference runs in float64: what is timed alone is wrong.
+    monkeypatch.setattr(
+        mambaout, "convolve_depthwise", lambda conv, x: right(conv, x) + (x.dtype != torch.float64) * x.flip(3)
+    )
+    assert families.main([*NANO, "--sizes", "32", "--families", "mambaout"]) == 1
+    assert "mambaout-nano: map 0 differs from the reference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", detectors.TASKS)

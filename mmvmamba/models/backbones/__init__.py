@@ -2,6 +2,7 @@
 
 from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
+from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 from mmvmamba.models.backbones.vssd import VSSD, VSSDArch
@@ -12,6 +13,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "msvmamba": MSVMamba,
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
+    "mambaout": MambaOut,
 }
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "EfficientVMambaArch",
     "MSVMamba",
     "MSVMambaArch",
+    "MambaOut",
+    "MambaOutArch",
     "VMamba",
     "VMambaArch",
     "VSSD",
