@@ -18,6 +18,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
 
 __all__ = [
     "FAMILIES",
+    "VSSD",
     "EfficientVMamba",
     "EfficientVMambaArch",
     "MSVMamba",
@@ -26,6 +27,5 @@ __all__ = [
     "MambaOutArch",
     "VMamba",
     "VMambaArch",
-    "VSSD",
     "VSSDArch",
 ]

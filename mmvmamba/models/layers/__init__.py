@@ -9,8 +9,8 @@ from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.mlp import GatedMlp, Mlp
 from mmvmamba.models.layers.norm import NORMS, BatchNorm, LayerNorm, build_norm
 from mmvmamba.models.layers.patch import DOWNSAMPLES, PATCH_EMBEDS, build_downsample, build_patch_embed
-from mmvmamba.models.layers.squeeze_excite import SqueezeExcite
 from mmvmamba.models.layers.pointwise import PointwiseConv2d
+from mmvmamba.models.layers.squeeze_excite import SqueezeExcite
 from mmvmamba.models.layers.ss2d import OUT_NORMS, SS2D
 
 __all__ = [
@@ -27,8 +27,8 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Mlp",
-    "SqueezeExcite",
     "PointwiseConv2d",
+    "SqueezeExcite",
     "build_activation",
     "build_downsample",
     "build_norm",
