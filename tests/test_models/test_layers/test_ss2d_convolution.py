@@ -14,6 +14,7 @@ def convolutions() -> dict[str, nn.Module]:
     return {
         "plain": ChannelsLastConv2d(16, 16, 3, padding=1, groups=16),
         "without bias": ChannelsLastConv2d(16, 16, 5, padding=2, groups=16, bias=False),
+        "strided": ChannelsLastConv2d(16, 16, 3, stride=2, padding=1, groups=16),
         "dilated": ChannelsLastConv2d(16, 16, 3, padding=2, dilation=2, groups=16),
         "reflected": ChannelsLastConv2d(16, 16, 3, padding=1, padding_mode="reflect", groups=16),
         "dense": ChannelsLastConv2d(16, 16, 3, padding=1),
@@ -39,7 +40,7 @@ def test_only_the_plain_one_is_fused(name: str) -> None:
     with torch.profiler.profile() as profile:
         op._convolve(torch.randn(2, 7, 9, 16))
     fused = any(event.key == "mmvmamba::depthwise_conv2d" for event in profile.key_averages())
-    assert fused == (name in ("plain", "without bias"))
+    assert fused == (name in ("plain", "without bias", "strided"))
 
 
 @requires_extension()
