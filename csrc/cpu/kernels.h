@@ -20,6 +20,7 @@ struct Float16 {
 
 // Positions of a chunk of the causal state space duality; CHUNK in mmvmamba/ops/ssd/reference.py.
 constexpr int kSsdChunk = 64;
+constexpr int kMaxTaskHeads = 4;
 
 // Codes of the named routes; ScanOrder in mmvmamba/ops/scan2d/orders.py.
 enum ScanOrder : int64_t { kRow = 0, kColumn = 1, kRowReversed = 2, kColumnReversed = 3 };
@@ -138,7 +139,7 @@ struct SsdArgs {
   const T* grad_state;      // (b, k, n, p); null where no state was made
   RowOutput dx, db, dc;     // (b, l, k, p), (b, l, g, n); dx and db where a state was made, dc where one was read
   T* dweight;               // (b, l, k) or null
-  T* dskip;                 // (ranges, b, k) or null
+  T* dskip;                 // (ranges b, k) or null
 };
 
 // The causal form, with a decay for every head. A task has `task_heads` heads of one group, of which there are `parts`

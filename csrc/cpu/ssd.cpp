@@ -167,7 +167,7 @@ struct MadeGradients {
       : dx(made.x, a.batch, a.length, a.heads, a.channels, x_type),
         db(made.x, a.batch, a.length, a.groups, a.states, b_type),
         dweight(made.weight ? dense_empty<T>(made.x, {a.batch, a.length, a.heads}) : nothing<T>(made.x)),
-        dskip(dense_empty<T>(made.x, {skip ? a.ranges : 0, a.batch, a.heads})) {
+        dskip(dense_empty<T>(made.x, {skip ? a.ranges * a.batch : 0, a.heads})) {
     a.dx = dx.rows;
     a.db = db.rows;
     a.dweight = made.weight ? mutable_data<T>(dweight) : nullptr;
@@ -380,7 +380,7 @@ struct Scan {
     // Heads of one task share a product, but tasks should be many. Decided by shapes alone.
     constexpr int64_t kEnough = 16;
     const int64_t per_group = a.heads / a.groups;
-    a.task_heads = 4;
+    a.task_heads = kMaxTaskHeads;
     while (a.task_heads > 1 && a.batch * a.groups * (per_group / a.task_heads) < kEnough) a.task_heads /= 2;
     a.parts = (per_group + a.task_heads - 1) / a.task_heads;
     tasks = a.channels > 0 ? a.batch * a.groups * a.parts : 0;

@@ -29,7 +29,6 @@ struct SsdScanScratch {
   T *read, *written;        // (q, n)
   T *dB, *dC;               // (q, n)
   T *adjoint;               // (task_heads, n, p): gradient of the state behind the chunk
-  T *ddecay, *dskip, *dbias;  // (task_heads)
   int64_t size;
 
   SsdScanScratch(T* base, const SsdScanArgs<T>& a, bool backward)
@@ -71,9 +70,6 @@ struct SsdScanScratch {
     dB = take(q * n);
     dC = take(q * n);
     adjoint = take(a.task_heads * a.states * p);
-    ddecay = take(a.task_heads);
-    dskip = take(a.task_heads);
-    dbias = take(a.task_heads);
   }
 };
 
@@ -244,11 +240,15 @@ void gradient_of_rates(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m, int6
   }
 }
 
+// Sums over all positions of one head: many terms, so in double.
+struct SsdHeadSums {
+  double ddecay = 0, dskip = 0, dbias = 0;
+};
+
 template <typename T>
 void ssd_scan_backward_head(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m, int64_t batch, int64_t head,
-                            int64_t first, int64_t rows, int64_t slot) {
+                            int64_t first, int64_t rows, T* adjoint, SsdHeadSums& sums) {
   const int64_t row = batch * a.length + first, width = padded<T>(rows);
-  T* adjoint = m.adjoint + slot * a.states * m.p;
   chunk_steps(a, m, row, rows, head);
   decay_scores(m, rows, m.decays);
   read_panel<T>(m.x, a.x, batch, first, rows, head, nullptr, 0);
@@ -292,9 +292,9 @@ void ssd_scan_backward_head(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m,
     T *x = m.x + t * m.p, *dx = m.dinputs + t * m.p, *dy = m.dy + t * m.p;
     const T ddt = (m.drate[t] * a.decay[head] + dot(x, dx, m.p)) * m.slope[t];
     a.ddt[(row + t) * a.heads + head] = ddt;
-    m.dbias[slot] += ddt;
-    m.ddecay[slot] += m.drate[t] * m.step[t];
-    if (a.skip != nullptr) m.dskip[slot] += dot(dy, x, m.p);
+    sums.dbias += ddt;
+    sums.ddecay += m.drate[t] * m.step[t];
+    if (a.skip != nullptr) sums.dskip += dot(dy, x, m.p);
     for (int64_t j = 0; j < m.p; j += kLanes<T>) {
       Vec<T> value = m.step[t] * load(dx + j);
       if (a.skip != nullptr) value += a.skip[head] * load(dy + j);
@@ -306,7 +306,7 @@ void ssd_scan_backward_head(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m,
 
 template <typename T>
 void ssd_scan_backward_chunk(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m, const SsdScanTask<T>& task,
-                             int64_t chunk) {
+                             int64_t chunk, SsdHeadSums* sums) {
   const int64_t chunks = ceil_div(a.length, kSsdChunk), dense = a.states * a.channels;
   const int64_t first = chunk * kSsdChunk, rows = min_of(kSsdChunk, a.length - first);
   chunk_projections(a, m, task, first, rows);
@@ -316,7 +316,7 @@ void ssd_scan_backward_chunk(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m
   for (int64_t i = 0; i < task.heads; ++i) {
     const int64_t head = task.head(a, i);
     read_matrix(m.state, a.carries + ((task.batch * chunks + chunk) * a.heads + head) * dense, a.states, a.channels);
-    ssd_scan_backward_head(a, m, task.batch, head, first, rows, i);
+    ssd_scan_backward_head(a, m, task.batch, head, first, rows, m.adjoint + i * a.states * m.p, sums[i]);
   }
   product<T, true, Part::kLeftLower>(rows, {m.dscores_sum, m.q, 1}, m.B, m.n, rows, m.dC, m.n, m.n);
   product<T, true, Part::kLeftUpper>(rows, {m.dscores_sum, 1, m.q}, m.C, m.n, rows, m.dB, m.n, m.n);
@@ -331,20 +331,18 @@ void ssd_scan_backward_tasks(const SsdScanArgs<T>& a, int64_t begin, int64_t end
   const int64_t dense = a.states * a.channels, wide = a.states * m.p;
   for (int64_t index = begin; index < end; ++index) {
     const SsdScanTask<T> task(a, index);
-    fill_zero(m.ddecay, a.task_heads);
-    fill_zero(m.dskip, a.task_heads);
-    fill_zero(m.dbias, a.task_heads);
+    SsdHeadSums sums[kMaxTaskHeads];
     fill_zero(m.adjoint, a.task_heads * wide);
     for (int64_t i = 0; i < task.heads && a.grad_last_state != nullptr; ++i)
       read_matrix(m.adjoint + i * wide, a.grad_last_state + (task.batch * a.heads + task.head(a, i)) * dense, a.states,
                   a.channels);
     for (int64_t chunk = ceil_div(a.length, kSsdChunk) - 1; chunk >= 0; --chunk)
-      ssd_scan_backward_chunk(a, m, task, chunk);
+      ssd_scan_backward_chunk(a, m, task, chunk, sums);
     for (int64_t i = 0; i < task.heads; ++i) {
       const int64_t entry = task.batch * a.heads + task.head(a, i);
-      a.ddecay[entry] = m.ddecay[i];
-      if (a.dskip != nullptr) a.dskip[entry] = m.dskip[i];
-      if (a.dbias != nullptr) a.dbias[entry] = m.dbias[i];
+      a.ddecay[entry] = static_cast<T>(sums[i].ddecay);
+      if (a.dskip != nullptr) a.dskip[entry] = static_cast<T>(sums[i].dskip);
+      if (a.dbias != nullptr) a.dbias[entry] = static_cast<T>(sums[i].dbias);
       if (a.dinitial != nullptr) write_matrix(a.dinitial + entry * dense, m.adjoint + i * wide, a.states, a.channels);
     }
   }
