@@ -11,11 +11,11 @@ constexpr int64_t kSsdRows = 48;
 
 template <typename T>
 struct SsdScratch {
-  int64_t n, p;           // padded widths
-  T *rows, *other, *sum;  // (kSsdRows, p)
-  T *B, *C;               // (range, n)
-  T *dB, *dC;             // (range, n)
-  T *state, *grad;        // (states, p)
+  int64_t n, p;                   // padded widths
+  T *rows, *other, *sum;          // (kSsdRows, p)
+  T *B, *C;                       // (range, n)
+  T *dB, *dC;                     // (range, n)
+  T *state, *grad;                // (states, p)
   T *state_turned, *grad_turned;  // (channels, n)
   int64_t size;
 

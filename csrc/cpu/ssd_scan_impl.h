@@ -12,23 +12,23 @@ namespace {
 
 template <typename T>
 struct SsdScanScratch {
-  int64_t n, p, q;          // padded widths; q: of a chunk
-  T *raw, *step, *slope;    // (q): step sizes before softplus, after, and the derivative
+  int64_t n, p, q;                // padded widths; q: of a chunk
+  T *raw, *step, *slope;          // (q): step sizes before softplus, after, and the derivative
   T *keep, *from_start, *to_end;  // (q): decay of a position, of the state before the chunk, what is left behind it
-  T *left, *column;         // (q): a row of the triangle; a running sum
-  T *drate;                 // (q)
-  T *B, *C;                 // (q, n)
-  T *turned;                // (max(n, p), q) or (p, n): a right factor, turned
-  T *scores, *triangle;     // (q, q): C B^T; times the decays
-  T *x, *inputs, *y;        // (q, p)
-  T *scaled;                // (q, max(n, p))
-  T *state;                 // (task_heads, n, p); backward: of one head
+  T *left, *column;               // (q): a row of the triangle; a running sum
+  T* drate;                       // (q)
+  T *B, *C;                       // (q, n)
+  T* turned;                      // (max(n, p), q) or (p, n): a right factor, turned
+  T *scores, *triangle;           // (q, q): C B^T; times the decays
+  T *x, *inputs, *y;              // (q, p)
+  T* scaled;                      // (q, max(n, p))
+  T* state;                       // (task_heads, n, p); backward: of one head
   // Backward
-  T *dy, *dinputs;          // (q, p)
+  T *dy, *dinputs;                    // (q, p)
   T *decays, *dscores, *dscores_sum;  // (q, q)
-  T *read, *written;        // (q, n)
-  T *dB, *dC;               // (q, n)
-  T *adjoint;               // (task_heads, n, p): gradient of the state behind the chunk
+  T *read, *written;                  // (q, n)
+  T *dB, *dC;                         // (q, n)
+  T* adjoint;                         // (task_heads, n, p): gradient of the state behind the chunk
   int64_t size;
 
   SsdScanScratch(T* base, const SsdScanArgs<T>& a, bool backward)
@@ -135,8 +135,7 @@ void decay_scores(const SsdScanScratch<T>& m, int64_t rows, T* decays) {
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t s = 0; s < m.q; s += kLanes<T>) store<T>(m.left + s, m.keep[t] * load(m.left + s));
     m.left[t] = T(1);  // what stands behind it is zero: nothing came later yet
-    if (m.keep[t] != m.keep[t])
-      fill_zero(m.left + t + 1, m.q - t - 1);  // but a NaN times zero is NaN
+    if (m.keep[t] != m.keep[t]) fill_zero(m.left + t + 1, m.q - t - 1);  // but a NaN times zero is NaN
     for (int64_t s = 0; s < m.q; s += kLanes<T>) {
       const Vec<T> left = load(m.left + s);
       if (decays != nullptr) store<T>(decays + t * m.q + s, left);
@@ -179,8 +178,7 @@ void ssd_scan_head(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m, int64_t 
   product<T, false>(rows, {m.scaled, m.n, 1}, state, m.p, a.states, m.y, m.p, m.p);
   product<T, true, Part::kLeftLower>(rows, {m.triangle, m.q, 1}, m.inputs, m.p, rows, m.y, m.p, m.p);
   if (a.skip != nullptr)
-    for (int64_t i = 0; i < rows * m.p; i += kLanes<T>)
-      store<T>(m.y + i, load(m.y + i) + a.skip[head] * load(m.x + i));
+    for (int64_t i = 0; i < rows * m.p; i += kLanes<T>) store<T>(m.y + i, load(m.y + i) + a.skip[head] * load(m.x + i));
   write_panel<T>(a.out, m.y, row, rows, head);
   advance_state(a, m, rows, state);
 }
