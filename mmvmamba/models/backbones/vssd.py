@@ -136,7 +136,7 @@ class ConvNorm(nn.Module):
                 in_channels, channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias
             )
         self.norm: nn.Module = BatchNorm(channels) if norm else nn.Identity()
-        self.act: nn.Module = nn.ReLU(inplace=True) if act else nn.Identity()
+        self.act: nn.Module = nn.ReLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c')."""
