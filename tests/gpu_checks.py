@@ -19,7 +19,7 @@ from mmvmamba.errors import BackendError
 from mmvmamba.ops import CROSS_SCAN, ScanOrder, scan2d, selective_scan, use_backend
 from mmvmamba.ops.extension import HAS_EXTENSION
 from mmvmamba.testing import FORWARD_BOUND, PARAMETER_GRAD_BOUND, STREAM_GRAD_BOUND, assert_close
-from tests.test_ops.samples import MAKERS, Sample
+from tests.test_ops.samples import SCANS, Sample
 
 # Shapes at which kernels may choose other ways to share the work: (b, h, w, d, k, n, r) of maps, (b, d, l, n, groups)
 # of sequences.
@@ -304,7 +304,7 @@ def losses_of_detector_training(device: str, dtype: torch.dtype, steps: int, con
 def configurations(count: int) -> list[Sample]:
     """Small samples of both scans in every stream dtype, for tools that slow kernels down a hundredfold."""
     made: list[Sample] = []
-    makers: list[Callable[[int], Sample]] = list(MAKERS.values())
+    makers: list[Callable[[int], Sample]] = list(SCANS.values())
     seed = 0
     while len(made) < count:
         sample = makers[seed % len(makers)](3000 + seed)

@@ -7,7 +7,7 @@ import torch
 
 from mmvmamba.ops import available_backends, scan2d, selective_scan
 from tests import gpu_checks
-from tests.test_ops.samples import MAKERS
+from tests.test_ops.samples import SCANS
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +21,7 @@ def test_every_backend_can_run_here() -> None:
     assert missing == {}
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("make", SCANS.values(), ids=SCANS)
 @pytest.mark.parametrize("seed", range(40))
 def test_random_samples(make, seed: int, backend: str) -> None:
     gpu_checks.check_against_float64(make(seed), "cuda", backend)

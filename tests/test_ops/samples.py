@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmvmamba.ops import BIDIRECTIONAL_SCAN, CROSS_SCAN, UNIDIRECTIONAL_SCAN, ScanOrder, scan2d, selective_scan
+from mmvmamba.ops import (
+    BIDIRECTIONAL_SCAN,
+    CROSS_SCAN,
+    UNIDIRECTIONAL_SCAN,
+    ScanOrder,
+    scan2d,
+    selective_scan,
+    ssd,
+    ssd_non_causal,
+)
 
 Op = Callable[..., Tensor]
 HALF = (torch.bfloat16, torch.float16)
@@ -182,5 +191,90 @@ def _orders(
     return routes, k
 
 
-MAKERS: dict[str, Callable[[int], Sample]] = {"selective_scan": selective_scan_sample, "scan2d": scan2d_sample}
+@dataclass
+class _Mixer:
+    """Random sizes of a mixer of state space duality, and tensors of them."""
+
+    pick: random.Random
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        pick = self.pick
+        self.dtype, self.parameter_dtype = _dtypes(pick)
+        self.groups = pick.choice((1, 1, 1, 2, 3))
+        self.b, self.k = pick.randint(1, 3), self.groups * pick.choice((1, 2, 3, 4))
+        # Around widths of vectors and blocks of rows of the kernels (6, 48), ranges (96, 240) and chunks (64).
+        self.p, self.n = (
+            pick.choice((1, 3, 8, 16, 17, 32, 48, 64, 65)),
+            pick.choice((1, 2, 5, 8, 16, 25, 33, 48, 64, 65)),
+        )
+        self.length = pick.choice((1, 2, 5, 6, 7, 47, 48, 49, 63, 64, 65, 95, 97, 128, 130, 241, 500))
+        while self.b * self.k * self.p * self.n * self.length > 4 * LARGEST_STATE:
+            self.b, self.length, self.p = max(1, self.b - 1), max(1, self.length * 2 // 3), max(1, self.p - 5)
+
+    def stream(self, *shape: int, scale: float = 1.0) -> Tensor:
+        value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        return _strided(value.to(self.dtype), self.pick)
+
+    def parameter(self, *shape: int, scale: float = 1.0) -> Tensor:
+        value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        return _strided(value.to(self.parameter_dtype), self.pick)
+
+    def projection(self) -> Tensor:
+        return self.stream(self.b, self.length, self.groups, self.n)
+
+    def skip(self) -> Tensor | None:
+        return self.parameter(self.k) if self.pick.random() < 0.7 else None
+
+    def options(self) -> dict[str, object]:
+        return {
+            "head_groups": self.pick.choice(("interleaved", "blocked")),
+            "out_dtype": torch.float32 if self.dtype in HALF and self.pick.random() < 0.5 else None,
+        }
+
+
+def ssd_non_causal_sample(seed: int) -> Sample:
+    make = _Mixer(random.Random(20_000 + seed), torch.Generator().manual_seed(20_000 + seed))  # noqa: S311
+    return Sample(
+        op=ssd_non_causal,
+        tensors={
+            "x": make.stream(make.b, make.length, make.k, make.p),
+            "weight": make.stream(make.b, make.length, make.k) if make.pick.random() < 0.8 else None,
+            "b_in": make.projection(),
+            "c_out": make.projection(),
+            "skip": make.skip(),
+        },
+        options=make.options(),
+        streams=("x", "weight", "b_in", "c_out"),
+        dtype=make.dtype,
+    )
+
+
+def ssd_sample(seed: int) -> Sample:
+    make = _Mixer(random.Random(30_000 + seed), torch.Generator().manual_seed(30_000 + seed))  # noqa: S311
+    softplus = make.pick.random() < 0.7
+    dt = make.stream(make.b, make.length, make.k)
+    rates = torch.rand(make.k, generator=make.generator, dtype=torch.float64) * make.pick.choice((0.05, 1.0, 8.0))
+    return Sample(
+        op=ssd,
+        tensors={
+            "x": make.stream(make.b, make.length, make.k, make.p),
+            # Without softplus a step size may not be negative: the state would grow without bound.
+            "dt": dt if softplus else dt.abs(),
+            "decay": -rates.to(make.parameter_dtype),
+            "b_in": make.projection(),
+            "c_out": make.projection(),
+            "skip": make.skip(),
+            "dt_bias": make.parameter(make.k, scale=0.5) if softplus and make.pick.random() < 0.7 else None,
+            "initial_state": make.parameter(make.b, make.k, make.n, make.p) if make.pick.random() < 0.5 else None,
+        },
+        options=make.options() | {"dt_softplus": softplus},
+        streams=("x", "dt", "b_in", "c_out"),
+        dtype=make.dtype,
+    )
+
+
+SCANS: dict[str, Callable[[int], Sample]] = {"selective_scan": selective_scan_sample, "scan2d": scan2d_sample}
+"""The makers of the operators that have kernels for GPUs."""
+MAKERS: dict[str, Callable[[int], Sample]] = SCANS | {"ssd_non_causal": ssd_non_causal_sample, "ssd": ssd_sample}
 """Every operator's maker of samples; the tests of what all operators promise go through these."""

@@ -19,7 +19,7 @@ from mmvmamba.testing import FORWARD_BOUND, PARAMETER_GRAD_BOUND, STREAM_GRAD_BO
 from tests import cuda_emulation
 from tests.cuda_emulation import emulated
 from tests.test_ops import samples, test_exact, test_extremes
-from tests.test_ops.samples import MAKERS, Sample
+from tests.test_ops.samples import SCANS, Sample
 from tests.test_ops.test_determinism import differing
 from tests.test_ops.test_random_configurations import check
 
@@ -70,9 +70,9 @@ def results(sample: Sample) -> list[Tensor]:
     return [out, *grads.values()]
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", SCANS)
 def test_random_configurations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = maker(MAKERS[name])
+    make = maker(SCANS[name])
     for seed in range(COUNT):
         use_plan(monkeypatch, list(PLANS)[seed % len(PLANS)])
         try:
@@ -218,11 +218,11 @@ def scan_results(
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", SCANS)
 def test_results_do_not_depend_on_the_schedule(name: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In no bit: where a barrier is missing, the order of warps and lanes shows."""
     use_plan(monkeypatch, plan)
-    make = maker(MAKERS[name])
+    make = maker(SCANS[name])
     for seed in range(100, 106):
         found = []
         for schedule in (*SCHEDULES, SCHEDULES[0]):
@@ -233,9 +233,9 @@ def test_results_do_not_depend_on_the_schedule(name: str, plan: str, monkeypatch
         assert differing(found[0], found[-1]) == [], f"sample {seed}, repeated"
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", SCANS)
 def test_saving_states_changes_no_output(name: str) -> None:
-    make = maker(MAKERS[name])
+    make = maker(SCANS[name])
     for seed in range(200, 210):
         sample = make(seed)
         assert torch.equal(sample.run(None), sample.gradients(None)[0])
@@ -266,7 +266,7 @@ REUSED = {
 @pytest.mark.parametrize("case", REUSED)
 def test_what_every_backend_promises(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests of exact properties, on the emulated kernels and samples of their types."""
-    makers = {name: maker(make) for name, make in MAKERS.items()}
+    makers = {name: maker(make) for name, make in SCANS.items()}
     monkeypatch.setattr(test_exact, "MAKERS", makers)
     for name, make in makers.items():
         monkeypatch.setattr(test_exact, name, getattr(cuda_emulation, name))

@@ -80,6 +80,8 @@ def _plain_backward(sample: Sample, leaves: dict, weights: torch.Tensor) -> list
     from mmvmamba.ops.selective_scan import operator as selective_scan_operator
 
     inputs = [None if value is None else value.detach() for value in leaves.values()]
+    if sample.op.__name__.startswith("ssd"):
+        return _plain_backward_of_ssd(sample, inputs, weights)
     softplus = sample.options["delta_softplus"]
     nothing = weights.new_empty(0)
     if sample.op.__name__ == "selective_scan":
@@ -91,4 +93,18 @@ def _plain_backward(sample: Sample, leaves: dict, weights: torch.Tensor) -> list
         named = not isinstance(orders, torch.Tensor)
         routes = ([int(order) for order in orders], None) if named else ([], orders)
         grads = scan2d_operator._fallback_backward(weights, *inputs, *routes, softplus, nothing)
+    return [grad for grad, value in zip(grads, inputs, strict=True) if value is not None]
+
+
+def _plain_backward_of_ssd(sample: Sample, inputs: list, weights: torch.Tensor) -> list[torch.Tensor]:
+    from mmvmamba.ops.ssd import operator
+    from mmvmamba.ops.ssd.causal import operator as causal_operator
+    from mmvmamba.ops.ssd.reference import ssd_state_reference
+
+    blocked = sample.options["head_groups"] == "blocked"
+    if sample.op.__name__ == "ssd":
+        softplus = sample.options["dt_softplus"]
+        grads = causal_operator._backward(weights, None, *inputs, softplus, blocked, weights.new_empty(0))
+    else:
+        grads = operator._non_causal_backward(weights, *inputs, blocked, ssd_state_reference(*inputs[:3], blocked))
     return [grad for grad, value in zip(grads, inputs, strict=True) if value is not None]
