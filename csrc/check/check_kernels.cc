@@ -11,6 +11,7 @@
 
 #include "depthwise_conv.hh"
 #include "run_kernels.hh"
+#include "ssd.hh"
 
 namespace check {
 
@@ -56,6 +57,11 @@ std::vector<Expected> scalar(const MapProblem<T>& problem) {
 template <typename T>
 std::vector<Expected> scalar(const ConvProblem<T>& problem) {
   return scalar_depthwise_conv(problem);
+}
+
+template <typename T>
+std::vector<Expected> scalar(const SsdProblem<T>& problem) {
+  return scalar_ssd(problem);
 }
 
 // Largest error relative to the largest value (the sum of its terms without their signs): the figures of
@@ -148,10 +154,12 @@ class Checker {
 
 template <typename T>
 void check_kind(double kind, Checker& checker, Random& random) {
-  if (kind < 0.4) {
+  if (kind < 0.35) {
     checker.check<T>(MapProblem<T>(random), random);
-  } else if (kind < 0.75) {
+  } else if (kind < 0.6) {
     checker.check<T>(ScanProblem<T>(random), random);
+  } else if (kind < 0.8) {
+    checker.check<T>(SsdProblem<T>(random), random);
   } else {
     checker.check<T>(ConvProblem<T>(random), random);
   }

@@ -20,6 +20,8 @@ struct Float16 {
 
 // Positions of a chunk of the causal state space duality; CHUNK in mmvmamba/ops/ssd/reference.py.
 constexpr int kSsdChunk = 64;
+// Heads of one task of it, at most.
+constexpr int kMaxTaskHeads = 4;
 
 // Codes of the named routes; ScanOrder in mmvmamba/ops/scan2d/orders.py.
 enum ScanOrder : int64_t { kRow = 0, kColumn = 1, kRowReversed = 2, kColumnReversed = 3 };
@@ -127,18 +129,18 @@ template <typename T>
 struct SsdArgs {
   int64_t batch, length, heads, channels, groups, states, range, ranges;
   bool blocked;
-  RowView x;                // (b, l, k, p)
-  RowView b_in, c_out;      // (b, l, g, n)
-  const T* weight;          // (b, l, k) or null
-  const T* skip;            // (k) or null
-  const T* state;           // (b, k, n, p): read at every position
-  RowOutput out;            // (b, l, k, p)
-  T* partial_state;         // (ranges, b, k, n, p): sums over the positions of every range
-  RowView grad_out;         // (b, l, k, p); data null where nothing was read
-  const T* grad_state;      // (b, k, n, p); null where no state was made
-  RowOutput dx, db, dc;     // (b, l, k, p), (b, l, g, n); dx and db where a state was made, dc where one was read
-  T* dweight;               // (b, l, k) or null
-  T* dskip;                 // (ranges, b, k) or null
+  RowView x;             // (b, l, k, p)
+  RowView b_in, c_out;   // (b, l, g, n)
+  const T* weight;       // (b, l, k) or null
+  const T* skip;         // (k) or null
+  const T* state;        // (b, k, n, p): read at every position
+  RowOutput out;         // (b, l, k, p)
+  T* partial_state;      // (ranges, b, k, n, p): sums over the positions of every range
+  RowView grad_out;      // (b, l, k, p); data null where nothing was read
+  const T* grad_state;   // (b, k, n, p); null where no state was made
+  RowOutput dx, db, dc;  // (b, l, k, p), (b, l, g, n); dx and db where a state was made, dc where one was read
+  T* dweight;            // (b, l, k) or null
+  T* dskip;              // (ranges b, k) or null
 };
 
 // The causal form, with a decay for every head. A task has `task_heads` heads of one group, of which there are `parts`
@@ -147,21 +149,21 @@ template <typename T>
 struct SsdScanArgs {
   int64_t batch, length, heads, channels, groups, states, task_heads, parts;
   bool blocked, softplus;
-  RowView x;                 // (b, l, k, p)
-  RowView b_in, c_out;       // (b, l, g, n)
-  const T* dt;               // (b, l, k)
+  RowView x;                        // (b, l, k, p)
+  RowView b_in, c_out;              // (b, l, g, n)
+  const T* dt;                      // (b, l, k)
   const T *decay, *skip, *dt_bias;  // (k); the last two or null
-  const T* initial_state;    // (b, k, n, p) or null
-  RowOutput out;             // (b, l, k, p)
-  T* last_state;             // (b, k, n, p)
-  T* carries;                // (b, chunks, k, n, p): states before every chunk; written unless null, read by the backward
-  RowView grad_out;          // (b, l, k, p); data null for zeros
-  const T* grad_last_state;  // (b, k, n, p) or null
-  RowOutput dx;              // (b, l, k, p)
-  T* ddt;                    // (b, l, k)
-  T *db, *dc;                // (parts, b, l, g, n)
-  T* dinitial;               // (b, k, n, p) or null
-  T *ddecay, *dskip, *dbias; // (b, k); the last two or null
+  const T* initial_state;           // (b, k, n, p) or null
+  RowOutput out;                    // (b, l, k, p)
+  T* last_state;                    // (b, k, n, p)
+  T* carries;        // (b, chunks, k, n, p): states before every chunk; written unless null, read by the backward
+  RowView grad_out;  // (b, l, k, p); data null for zeros
+  const T* grad_last_state;   // (b, k, n, p) or null
+  RowOutput dx;               // (b, l, k, p)
+  T* ddt;                     // (b, l, k)
+  T *db, *dc;                 // (parts, b, l, g, n)
+  T* dinitial;                // (b, k, n, p) or null
+  T *ddecay, *dskip, *dbias;  // (b, k); the last two or null
 };
 
 // The kernels of one instruction set. A task is one batch entry and one block of channels; tasks are independent.

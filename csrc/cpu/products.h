@@ -32,7 +32,8 @@ struct Left {
 
 // c (rows, width) = or += left (rows, steps) right (steps, width) for `M` rows and `V` vectors.
 template <typename T, int M, int V, bool kAdd>
-MMVMAMBA_INLINE void product_block(Left<T> left, const T* right, int64_t right_row, int64_t steps, T* c, int64_t c_row) {
+MMVMAMBA_INLINE void product_block(Left<T> left, const T* right, int64_t right_row, int64_t steps, T* c,
+                                   int64_t c_row) {
   Vec<T> sums[M][V];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < V; ++v) sums[i][v] = kAdd ? load(c + i * c_row + v * kLanes<T>) : Vec<T>{};

@@ -1,5 +1,6 @@
 // mmvmamba::ssd_state, ssd_read, ssd_non_causal and ssd, with their backwards, on the CPU. Schemas and their meaning:
-// mmvmamba/ops/library.py, mmvmamba/ops/ssd/. Shapes were checked in Python; what protects memory is checked again here.
+// mmvmamba/ops/library.py, mmvmamba/ops/ssd/. Shapes were checked in Python; what protects memory is checked again
+// here.
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,14 +15,16 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// As the kernels read rows: converted on the fly where it is half precision, in place where the last axis lies together.
+// As the kernels read rows: converted on the fly where it is half precision, in place where the last axis lies
+// together.
 template <typename T>
 Tensor as_strided_rows(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 4, "mmvmamba::ssd: x must be (b, l, k, p), projections (b, l, g, n)");
   const ScalarType type = tensor.scalar_type();
   const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  const Tensor converted =
-      type == kScalarType<T> || (half && sizeof(T) == sizeof(float)) ? tensor : torch::stable::to(tensor, kScalarType<T>);
+  const Tensor converted = type == kScalarType<T> || (half && sizeof(T) == sizeof(float))
+                               ? tensor
+                               : torch::stable::to(tensor, kScalarType<T>);
   return converted.stride(3) == 1 || converted.size(3) == 1 ? converted : torch::stable::contiguous(converted);
 }
 
@@ -167,7 +170,7 @@ struct MadeGradients {
       : dx(made.x, a.batch, a.length, a.heads, a.channels, x_type),
         db(made.x, a.batch, a.length, a.groups, a.states, b_type),
         dweight(made.weight ? dense_empty<T>(made.x, {a.batch, a.length, a.heads}) : nothing<T>(made.x)),
-        dskip(dense_empty<T>(made.x, {skip ? a.ranges : 0, a.batch, a.heads})) {
+        dskip(dense_empty<T>(made.x, {skip ? a.ranges * a.batch : 0, a.heads})) {
     a.dx = dx.rows;
     a.db = db.rows;
     a.dweight = made.weight ? mutable_data<T>(dweight) : nullptr;
@@ -380,7 +383,7 @@ struct Scan {
     // Heads of one task share a product, but tasks should be many. Decided by shapes alone.
     constexpr int64_t kEnough = 16;
     const int64_t per_group = a.heads / a.groups;
-    a.task_heads = 4;
+    a.task_heads = kMaxTaskHeads;
     while (a.task_heads > 1 && a.batch * a.groups * (per_group / a.task_heads) < kEnough) a.task_heads /= 2;
     a.parts = (per_group + a.task_heads - 1) / a.task_heads;
     tasks = a.channels > 0 ? a.batch * a.groups * a.parts : 0;
@@ -395,8 +398,7 @@ Three scan(Scan<T> in, ScalarType out_dtype, bool save_carries) {
   auto& a = in.args;
   Output<T> out(in.x, a.batch, a.length, a.heads, a.channels, out_dtype);
   Tensor last_state = in.empty({a.batch, a.heads, a.states, a.channels});
-  Tensor carries =
-      save_carries ? in.empty({a.batch, in.chunks, a.heads, a.states, a.channels}) : in.empty({0});
+  Tensor carries = save_carries ? in.empty({a.batch, in.chunks, a.heads, a.states, a.channels}) : in.empty({0});
   a.out = out.rows;
   a.last_state = mutable_data<T>(last_state);
   a.carries = save_carries ? mutable_data<T>(carries) : nullptr;
@@ -433,8 +435,7 @@ Eight scan_gradients(const Optional& grad_out_, const Optional& grad_last_, Scan
   Tensor dc = in.empty({a.parts, a.batch, a.length, a.groups, a.states});
   Tensor ddecay = in.empty({a.batch, a.heads});
   Tensor dskip = in.empty({in.skip ? a.batch : 0, a.heads}), dbias = in.empty({in.dt_bias ? a.batch : 0, a.heads});
-  Tensor dinitial =
-      in.initial_state ? in.empty({a.batch, a.heads, a.states, a.channels}) : in.empty({0});
+  Tensor dinitial = in.initial_state ? in.empty({a.batch, a.heads, a.states, a.channels}) : in.empty({0});
   if (in.tasks == 0)
     for (Tensor* tensor : {&ddt, &db, &dc, &ddecay, &dskip, &dbias}) torch::stable::zero_(*tensor);
   a.carries = const_cast<T*>(data<T>(carries));

@@ -11,11 +11,11 @@ constexpr int64_t kSsdRows = 48;
 
 template <typename T>
 struct SsdScratch {
-  int64_t n, p;           // padded widths
-  T *rows, *other, *sum;  // (kSsdRows, p)
-  T *B, *C;               // (range, n)
-  T *dB, *dC;             // (range, n)
-  T *state, *grad;        // (states, p)
+  int64_t n, p;                   // padded widths
+  T *rows, *other, *sum;          // (kSsdRows, p)
+  T *B, *C;                       // (range, n)
+  T *dB, *dC;                     // (range, n)
+  T *state, *grad;                // (states, p)
   T *state_turned, *grad_turned;  // (channels, n)
   int64_t size;
 
@@ -125,7 +125,7 @@ void ssd_backward_head(const SsdArgs<T>& a, const SsdScratch<T>& m, const SsdTas
     read_matrix(m.grad, a.grad_state + entry, a.states, a.channels);
     turn_panel(m.grad_turned, m.grad, a.states, a.channels);
   }
-  T dskip = T(0);
+  double dskip = 0;  // rows are many
   for (int64_t row = 0; row < task.rows; row += kSsdRows) {
     const int64_t rows = min_of(kSsdRows, task.rows - row), at = task.batch * a.length + task.first + row;
     const T* weight = a.weight == nullptr ? nullptr : a.weight + at * a.heads + head;
@@ -151,7 +151,7 @@ void ssd_backward_head(const SsdArgs<T>& a, const SsdScratch<T>& m, const SsdTas
     product<T, true>(rows, {m.rows, m.p, 1}, m.grad_turned, m.n, a.channels, m.dB + row * m.n, m.n, m.n);
     write_panel<T>(a.dx, m.sum, at, rows, head);
   }
-  if (a.dskip != nullptr) a.dskip[(task.range * a.batch + task.batch) * a.heads + head] = dskip;
+  if (a.dskip != nullptr) a.dskip[(task.range * a.batch + task.batch) * a.heads + head] = static_cast<T>(dskip);
 }
 
 template <typename T>

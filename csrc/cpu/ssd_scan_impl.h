@@ -12,24 +12,23 @@ namespace {
 
 template <typename T>
 struct SsdScanScratch {
-  int64_t n, p, q;          // padded widths; q: of a chunk
-  T *raw, *step, *slope;    // (q): step sizes before softplus, after, and the derivative
+  int64_t n, p, q;                // padded widths; q: of a chunk
+  T *raw, *step, *slope;          // (q): step sizes before softplus, after, and the derivative
   T *keep, *from_start, *to_end;  // (q): decay of a position, of the state before the chunk, what is left behind it
-  T *left, *column;         // (q): a row of the triangle; a running sum
-  T *drate;                 // (q)
-  T *B, *C;                 // (q, n)
-  T *turned;                // (max(n, p), q) or (p, n): a right factor, turned
-  T *scores, *triangle;     // (q, q): C B^T; times the decays
-  T *x, *inputs, *y;        // (q, p)
-  T *scaled;                // (q, max(n, p))
-  T *state;                 // (task_heads, n, p); backward: of one head
+  T *left, *column;               // (q): a row of the triangle; a running sum
+  T* drate;                       // (q)
+  T *B, *C;                       // (q, n)
+  T* turned;                      // (max(n, p), q) or (p, n): a right factor, turned
+  T *scores, *triangle;           // (q, q): C B^T; times the decays
+  T *x, *inputs, *y;              // (q, p)
+  T* scaled;                      // (q, max(n, p))
+  T* state;                       // (task_heads, n, p); backward: of one head
   // Backward
-  T *dy, *dinputs;          // (q, p)
+  T *dy, *dinputs;                    // (q, p)
   T *decays, *dscores, *dscores_sum;  // (q, q)
-  T *read, *written;        // (q, n)
-  T *dB, *dC;               // (q, n)
-  T *adjoint;               // (task_heads, n, p): gradient of the state behind the chunk
-  T *ddecay, *dskip, *dbias;  // (task_heads)
+  T *read, *written;                  // (q, n)
+  T *dB, *dC;                         // (q, n)
+  T* adjoint;                         // (task_heads, n, p): gradient of the state behind the chunk
   int64_t size;
 
   SsdScanScratch(T* base, const SsdScanArgs<T>& a, bool backward)
@@ -71,9 +70,6 @@ struct SsdScanScratch {
     dB = take(q * n);
     dC = take(q * n);
     adjoint = take(a.task_heads * a.states * p);
-    ddecay = take(a.task_heads);
-    dskip = take(a.task_heads);
-    dbias = take(a.task_heads);
   }
 };
 
@@ -139,8 +135,7 @@ void decay_scores(const SsdScanScratch<T>& m, int64_t rows, T* decays) {
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t s = 0; s < m.q; s += kLanes<T>) store<T>(m.left + s, m.keep[t] * load(m.left + s));
     m.left[t] = T(1);  // what stands behind it is zero: nothing came later yet
-    if (m.keep[t] != m.keep[t])
-      fill_zero(m.left + t + 1, m.q - t - 1);  // but a NaN times zero is NaN
+    if (m.keep[t] != m.keep[t]) fill_zero(m.left + t + 1, m.q - t - 1);  // but a NaN times zero is NaN
     for (int64_t s = 0; s < m.q; s += kLanes<T>) {
       const Vec<T> left = load(m.left + s);
       if (decays != nullptr) store<T>(decays + t * m.q + s, left);
@@ -183,8 +178,7 @@ void ssd_scan_head(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m, int64_t 
   product<T, false>(rows, {m.scaled, m.n, 1}, state, m.p, a.states, m.y, m.p, m.p);
   product<T, true, Part::kLeftLower>(rows, {m.triangle, m.q, 1}, m.inputs, m.p, rows, m.y, m.p, m.p);
   if (a.skip != nullptr)
-    for (int64_t i = 0; i < rows * m.p; i += kLanes<T>)
-      store<T>(m.y + i, load(m.y + i) + a.skip[head] * load(m.x + i));
+    for (int64_t i = 0; i < rows * m.p; i += kLanes<T>) store<T>(m.y + i, load(m.y + i) + a.skip[head] * load(m.x + i));
   write_panel<T>(a.out, m.y, row, rows, head);
   advance_state(a, m, rows, state);
 }
@@ -244,11 +238,15 @@ void gradient_of_rates(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m, int6
   }
 }
 
+// Sums over all positions of one head: many terms, so in double.
+struct SsdHeadSums {
+  double ddecay = 0, dskip = 0, dbias = 0;
+};
+
 template <typename T>
 void ssd_scan_backward_head(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m, int64_t batch, int64_t head,
-                            int64_t first, int64_t rows, int64_t slot) {
+                            int64_t first, int64_t rows, T* adjoint, SsdHeadSums& sums) {
   const int64_t row = batch * a.length + first, width = padded<T>(rows);
-  T* adjoint = m.adjoint + slot * a.states * m.p;
   chunk_steps(a, m, row, rows, head);
   decay_scores(m, rows, m.decays);
   read_panel<T>(m.x, a.x, batch, first, rows, head, nullptr, 0);
@@ -292,9 +290,9 @@ void ssd_scan_backward_head(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m,
     T *x = m.x + t * m.p, *dx = m.dinputs + t * m.p, *dy = m.dy + t * m.p;
     const T ddt = (m.drate[t] * a.decay[head] + dot(x, dx, m.p)) * m.slope[t];
     a.ddt[(row + t) * a.heads + head] = ddt;
-    m.dbias[slot] += ddt;
-    m.ddecay[slot] += m.drate[t] * m.step[t];
-    if (a.skip != nullptr) m.dskip[slot] += dot(dy, x, m.p);
+    sums.dbias += ddt;
+    sums.ddecay += m.drate[t] * m.step[t];
+    if (a.skip != nullptr) sums.dskip += dot(dy, x, m.p);
     for (int64_t j = 0; j < m.p; j += kLanes<T>) {
       Vec<T> value = m.step[t] * load(dx + j);
       if (a.skip != nullptr) value += a.skip[head] * load(dy + j);
@@ -306,7 +304,7 @@ void ssd_scan_backward_head(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m,
 
 template <typename T>
 void ssd_scan_backward_chunk(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m, const SsdScanTask<T>& task,
-                             int64_t chunk) {
+                             int64_t chunk, SsdHeadSums* sums) {
   const int64_t chunks = ceil_div(a.length, kSsdChunk), dense = a.states * a.channels;
   const int64_t first = chunk * kSsdChunk, rows = min_of(kSsdChunk, a.length - first);
   chunk_projections(a, m, task, first, rows);
@@ -316,7 +314,7 @@ void ssd_scan_backward_chunk(const SsdScanArgs<T>& a, const SsdScanScratch<T>& m
   for (int64_t i = 0; i < task.heads; ++i) {
     const int64_t head = task.head(a, i);
     read_matrix(m.state, a.carries + ((task.batch * chunks + chunk) * a.heads + head) * dense, a.states, a.channels);
-    ssd_scan_backward_head(a, m, task.batch, head, first, rows, i);
+    ssd_scan_backward_head(a, m, task.batch, head, first, rows, m.adjoint + i * a.states * m.p, sums[i]);
   }
   product<T, true, Part::kLeftLower>(rows, {m.dscores_sum, m.q, 1}, m.B, m.n, rows, m.dC, m.n, m.n);
   product<T, true, Part::kLeftUpper>(rows, {m.dscores_sum, 1, m.q}, m.C, m.n, rows, m.dB, m.n, m.n);
@@ -331,20 +329,18 @@ void ssd_scan_backward_tasks(const SsdScanArgs<T>& a, int64_t begin, int64_t end
   const int64_t dense = a.states * a.channels, wide = a.states * m.p;
   for (int64_t index = begin; index < end; ++index) {
     const SsdScanTask<T> task(a, index);
-    fill_zero(m.ddecay, a.task_heads);
-    fill_zero(m.dskip, a.task_heads);
-    fill_zero(m.dbias, a.task_heads);
+    SsdHeadSums sums[kMaxTaskHeads];
     fill_zero(m.adjoint, a.task_heads * wide);
     for (int64_t i = 0; i < task.heads && a.grad_last_state != nullptr; ++i)
       read_matrix(m.adjoint + i * wide, a.grad_last_state + (task.batch * a.heads + task.head(a, i)) * dense, a.states,
                   a.channels);
     for (int64_t chunk = ceil_div(a.length, kSsdChunk) - 1; chunk >= 0; --chunk)
-      ssd_scan_backward_chunk(a, m, task, chunk);
+      ssd_scan_backward_chunk(a, m, task, chunk, sums);
     for (int64_t i = 0; i < task.heads; ++i) {
       const int64_t entry = task.batch * a.heads + task.head(a, i);
-      a.ddecay[entry] = m.ddecay[i];
-      if (a.dskip != nullptr) a.dskip[entry] = m.dskip[i];
-      if (a.dbias != nullptr) a.dbias[entry] = m.dbias[i];
+      a.ddecay[entry] = static_cast<T>(sums[i].ddecay);
+      if (a.dskip != nullptr) a.dskip[entry] = static_cast<T>(sums[i].dskip);
+      if (a.dbias != nullptr) a.dbias[entry] = static_cast<T>(sums[i].dbias);
       if (a.dinitial != nullptr) write_matrix(a.dinitial + entry * dense, m.adjoint + i * wide, a.states, a.channels);
     }
   }

@@ -8,6 +8,7 @@ needs, whatever the backend does on top (kernels may compute states twice).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,6 +90,66 @@ def _visits(x: Shape, dt_weight: Shape, permutation: Shape | None) -> int:
     return b * dt_weight[0] * d * (h * w if permutation is None else permutation[1])
 
 
+def _ssd_products(heads: Shape, projection: Shape) -> int:
+    """One product of a state with every position: heads (b, l, k, p), projection (b, l, g, n)."""
+    return 2 * math.prod(heads) * projection[3]
+
+
+def ssd_state_flops(x: Shape, weight: Shape | None, b_in: Shape, *_rest: Any, **_options: Any) -> int:
+    """Count a sum over positions: one product, and the weights."""
+    return _ssd_products(x, b_in) + (weight is not None) * math.prod(x)
+
+
+def ssd_state_backward_flops(
+    grad_state: Shape, x: Shape, weight: Shape | None, b_in: Shape, *_rest: Any, **_options: Any
+) -> int:
+    """Count two products, and with weights: weight x, dx (1), the gradient of the weight (2)."""
+    return 2 * _ssd_products(x, b_in) + (weight is not None) * 4 * math.prod(x)
+
+
+def ssd_read_flops(state: Shape, c_out: Shape, *_rest: Any, **_options: Any) -> int:
+    """Count one product."""
+    b, k, _, p = state
+    return _ssd_products((b, c_out[1], k, p), c_out)
+
+
+def ssd_read_backward_flops(grad_out: Shape, state: Shape, c_out: Shape, *_rest: Any, **_options: Any) -> int:
+    """Count two products."""
+    return 2 * _ssd_products(grad_out, c_out)
+
+
+def ssd_non_causal_flops(
+    x: Shape, weight: Shape | None, b_in: Shape, c_out: Shape, skip: Shape | None, *_rest: Any, **_options: Any
+) -> int:
+    """Count both products, the weights and the skip."""
+    return ssd_state_flops(x, weight, b_in) + _ssd_products(x, c_out) + (skip is not None) * SKIP * math.prod(x)
+
+
+def ssd_non_causal_backward_flops(
+    grad_out: Shape, x: Shape, weight: Shape | None, b_in: Shape, c_out: Shape, skip: Shape | None, *_rest: Any,
+    **_options: Any,
+) -> int:  # fmt: skip
+    """Count four products, the weights and the skip."""
+    products = ssd_state_backward_flops((), x, weight, b_in) + 2 * _ssd_products(x, c_out)
+    return products + (skip is not None) * BACKWARD_SKIP * math.prod(x)
+
+
+def ssd_flops(
+    x: Shape, dt: Shape, decay: Shape, b_in: Shape, c_out: Shape, skip: Shape | None, *_rest: Any, **_options: Any
+) -> int:
+    """Count the recurrence: dt x, the decay of the state, B x (2), C h (2); fewer than the products of its chunks."""
+    return 5 * math.prod(x) * b_in[3] + math.prod(x) + (skip is not None) * SKIP * math.prod(x)
+
+
+def ssd_backward_flops(
+    grad_out: Shape | None, grad_last_state: Shape | None, x: Shape, dt: Shape, decay: Shape, b_in: Shape,
+    c_out: Shape, skip: Shape | None, *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count the states again (3), their gradients (3), dC, dB, dx and the gradient of the decay (2 each)."""
+    elements = math.prod(x)
+    return 14 * elements * b_in[3] + 4 * elements + (skip is not None) * BACKWARD_SKIP * elements
+
+
 def _register() -> None:
     formulas: dict[str, Any] = {
         "selective_scan": selective_scan_flops,
@@ -99,6 +160,18 @@ def _register() -> None:
     for name, formula in formulas.items():
         operators = [getattr(torch.ops.mmvmamba, twin(name, suffix)) for suffix in TWINS]
         register_flop_formula(operators)(formula)
+    without_twins: dict[str, Any] = {
+        "ssd_state": ssd_state_flops,
+        "ssd_state_backward": ssd_state_backward_flops,
+        "ssd_read": ssd_read_flops,
+        "ssd_read_backward": ssd_read_backward_flops,
+        "ssd_non_causal": ssd_non_causal_flops,
+        "ssd_non_causal_backward": ssd_non_causal_backward_flops,
+        "ssd": ssd_flops,
+        "ssd_backward": ssd_backward_flops,
+    }
+    for name, formula in without_twins.items():
+        register_flop_formula(getattr(torch.ops.mmvmamba, name))(formula)
 
 
 _register()

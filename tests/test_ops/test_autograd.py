@@ -87,7 +87,7 @@ def test_forward_mode_is_right_or_refused(make) -> None:
     """The automatic choice gives the derivative of the reference; the compiled backend by name refuses."""
     sample = make(2)
     name = next(iter(sample.tensors))
-    primal = sample.tensors[name].detach()
+    primal = sample.tensors[name].detach().contiguous()
     tangent = torch.randn_like(primal)
     with torch.autograd.forward_ad.dual_level():
         for backend in (None, "reference"):

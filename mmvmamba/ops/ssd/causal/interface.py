@@ -58,7 +58,9 @@ def ssd(
 
         h_t = exp(dt'_t decay) h_(t-1) + dt'_t B_t x_t^T        y_t = C_t h_t + skip x_t
 
-    The state is float32 whatever the inputs are, and float64 when they all are float64.
+    The state is float32 whatever the inputs are, and float64 when they all are float64. Work is done by products over
+    chunks, so that a value that is not finite reaches earlier positions of its chunk too, unlike in `selective_scan`;
+    finite values reach later positions alone.
 
     Args:
         x: Input (b, l, k, p): k heads of p channels.
