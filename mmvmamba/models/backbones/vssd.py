@@ -141,11 +141,12 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c')."""
         out: Tensor = self.norm(self.conv(x))
-        if type(self.act) is nn.ReLU and not torch.is_grad_enabled() and not is_traced():
-            # The widest maps of the network are here; while training, in place costs copies of the gradients instead.
-            if is_unobserved(self.conv, self.norm, self.act):
-                return out.relu_()
-        return self.act(out)  # type: ignore[no-any-return]
+        inference = not torch.is_grad_enabled() and not is_traced()
+        if inference and type(self.act) is nn.ReLU and is_unobserved(self.conv, self.norm, self.act):
+            # The widest maps of the network are here. While training, in place would cost copies of the gradients.
+            return out.relu_()
+        out = self.act(out)
+        return out
 
 
 class Stem(nn.Module):
