@@ -136,11 +136,16 @@ class ConvNorm(nn.Module):
                 in_channels, channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias
             )
         self.norm: nn.Module = BatchNorm(channels) if norm else nn.Identity()
-        self.act: nn.Module = nn.ReLU(inplace=True) if act else nn.Identity()
+        self.act: nn.Module = nn.ReLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, ceil(h / stride), ceil(w / stride), c')."""
-        out: Tensor = self.act(self.norm(self.conv(x)))
+        out: Tensor = self.norm(self.conv(x))
+        inference = not torch.is_grad_enabled() and not is_traced()
+        if inference and type(self.act) is nn.ReLU and is_unobserved(self.conv, self.norm, self.act):
+            # The widest maps of the network are here. While training, in place would cost copies of the gradients.
+            return out.relu_()
+        out = self.act(out)
         return out
 
 
