@@ -27,12 +27,17 @@ from mmvmamba.models.layers import (
     convolve_depthwise,
     drop_path_schedule,
 )
+from mmvmamba.models.layers.mlp import chunk_rows
+from mmvmamba.models.layers.observers import is_unobserved
+from mmvmamba.models.layers.onednn import inference_dtype, is_traced, linear, multiply
 from mmvmamba.registry import MODELS
 
 #: Of every layer norm; PyTorch's own default is ten times larger.
 NORM_EPS = 1e-6
 #: Hidden channels of a block as a multiple of its channels, rounded down.
 _EXPANSION = 8 / 3
+#: Multiplications of the first linear map of a block below which nothing is fused, as in ``layers/mlp.py``.
+_MIN_WORK = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class MambaOutArch:
         depths: Blocks of every stage.
         drop_path_rate: Stochastic depth of the ImageNet recipe; upstream's constructor has 0 unless told.
         kernel_size: Side of the depthwise convolutions, odd.
-        conv_ratio: Share of a block's channels that as many hidden channels are convolved of, rounded down.
+        conv_ratio: Hidden channels that are convolved, as a multiple of a block's channels, rounded down.
     """
 
     dims: tuple[int, ...]
@@ -153,9 +158,53 @@ class GatedCNNBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
-        gate, passed, convolved = self.fc1(self.norm(x)).split(self.parts, dim=-1)
+        normed = self.norm(x)
+        dtype = self._chunked_dtype(x)
+        if dtype is not None:
+            return self._in_chunks(x, normed, dtype)
+        gate, passed, convolved = self.fc1(normed).split(self.parts, dim=-1)
         mixed = torch.cat((passed, convolve_depthwise(self.conv, convolved)), dim=-1)
         return x + self.drop_path(self.fc2(self.act(gate) * mixed))
+
+    def _chunked_dtype(self, x: Tensor) -> torch.dtype | None:
+        """Return the type in which `_in_chunks` computes for ``x`` (b, h, w, c), None if it must not run.
+
+        It leaves out the modules' ``forward``, so they must be the plain ones, without hooks, and all paths kept.
+        """
+        if torch.is_grad_enabled() or is_traced() or x.numel() * self.fc1.out_features < _MIN_WORK:
+            return None
+        fits = (
+            type(self.fc1) is type(self.fc2) is Linear
+            and type(self.act) is nn.GELU
+            and self.act.approximate == "none"
+            and type(self.drop_path) is DropPath
+            and (self.drop_path.rate == 0.0 or not self.drop_path.training)
+            and is_unobserved(self.fc1, self.act, self.fc2, self.drop_path)
+        )
+        return inference_dtype(x, *self.fc1.parameters(), *self.fc2.parameters()) if fits else None
+
+    def _in_chunks(self, x: Tensor, normed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what ``forward`` does, of ``x`` and its norm (b, h, w, c), without a map wider than those.
+
+        Only what is convolved is needed beyond a pixel. All else is done for some pixels at a time, whose wide vectors
+        stay in the cache.
+        """
+        gates, passed, _ = self.parts
+        w1, b1 = self.fc1.weight.to(dtype), self.fc1.bias.to(dtype)
+        w2, b2 = self.fc2.weight.to(dtype), self.fc2.bias.to(dtype)
+        start = gates + passed
+        convolved = convolve_depthwise(self.conv, linear(normed.to(dtype), w1[start:], b1[start:]))
+        out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, dtype))
+        size = chunk_rows(2 * gates)
+        pixels = [t.reshape(-1, t.shape[-1]).split(size) for t in (x, normed, convolved, out)]
+        for rows, inputs, neighbours, into in zip(*pixels, strict=True):
+            inputs = inputs.to(dtype)
+            hidden = multiply(inputs, w1[:gates], b1[:gates], gelu=True)
+            if passed:
+                hidden[:, :passed] *= multiply(inputs, w1[gates:start], b1[gates:start])
+            hidden[:, passed:] *= neighbours
+            torch.add(rows, multiply(hidden, w2, b2), out=into)
+        return out
 
 
 @MODELS.register_module()

@@ -13,7 +13,9 @@ from mmvmamba.converters import convert_state_dict, from_upstream, to_upstream_s
 from mmvmamba.converters.base import load_converter
 from mmvmamba.errors import CheckpointMismatch, ConfigError
 from mmvmamba.models import MambaOut, build_mambaout_cls_head
-from mmvmamba.models.backbones.mambaout import ARCHS
+from mmvmamba.models.backbones import mambaout
+from mmvmamba.models.backbones.mambaout import ARCHS, GatedCNNBlock, MambaOutArch
+from mmvmamba.models.layers.onednn import is_plain_eager, use_onednn_linear
 from mmvmamba.ops import use_backend
 from mmvmamba.registry import MODELS
 from mmvmamba.testing import relative_error, requires_extension
@@ -134,6 +136,55 @@ def test_stages_and_logits_are_those_of_the_fact_sheet(case: str, backend: str) 
     for out, wanted in zip(outs, expected, strict=True):
         assert relative_error(out.permute(0, 2, 3, 1), wanted) < 1e-5
     assert relative_error(logits, restated.logits(image)) < 1e-5
+
+
+def _block(conv_ratio: float = 1.0) -> GatedCNNBlock:
+    torch.manual_seed(0)
+    arch = MambaOutArch((24,), (1,), conv_ratio=conv_ratio)
+    return _randomised(GatedCNNBlock(24, arch, 0.0))
+
+
+def _joins_maps(block: GatedCNNBlock, x: torch.Tensor) -> bool:
+    """Whether a call joins the passed and the convolved channels, which the walk in chunks does not."""
+    with torch.profiler.profile() as profile:
+        block(x)
+    return any(event.key == "aten::cat" for event in profile.key_averages())
+
+
+@pytest.mark.skipif(not is_plain_eager(), reason="the walk in chunks needs the oneDNN operator of x86")
+@pytest.mark.parametrize("conv_ratio", [1.0, 0.5, 64 / 24])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_inference_in_chunks_is_the_same(conv_ratio: float, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = _block(conv_ratio), torch.randn(batch, 37, 41, 24)
+    monkeypatch.setattr(mambaout, "chunk_rows", lambda _hidden: 64)  # the last chunk has fewer rows
+    assert not _joins_maps(block, x)
+    fast = block(x)
+    before = x.clone()
+    with use_onednn_linear(False):
+        assert _joins_maps(block, x)
+        wanted = block(x)
+    assert relative_error(fast, wanted.double()) < 1e-6 and torch.equal(x, before)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = block(x)
+        with use_onednn_linear(False):
+            assert narrow.dtype == block(x).dtype
+    assert relative_error(narrow, wanted.double()) < 2e-2
+
+
+@pytest.mark.skipif(not is_plain_eager(), reason="the walk in chunks needs the oneDNN operator of x86")
+def test_what_is_watched_or_dropped_is_not_done_in_chunks() -> None:
+    x = torch.randn(1, 40, 40, 24)
+    assert _joins_maps(_block(), x)  # a gradient is asked for
+    with torch.no_grad():
+        for name in ("fc1", "act", "fc2", "drop_path"):
+            block, seen = _block(), []
+            block.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            block(x)
+            assert seen == [1], name
+        block = _block().train()
+        block.drop_path.rate = 0.5
+        assert _joins_maps(block, x)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
