@@ -108,7 +108,7 @@ def test_a_family_has_a_model_for_everything_published_and_its_numbers_are_in_th
     sheet = fact_sheet(family)
     if sheet is None:
         pytest.skip("the fact sheet is not beside this checkout")
-    # The key lists of the official checkpoints repeat upstream's tables, which the sheet gives with more digits at times.
+    # The key lists of official checkpoints repeat upstream's tables, which the sheet has with more digits at times.
     lists = [gzip.decompress(path.read_bytes()).decode() for path in (ROOT / "tests/data/parity" / family).glob("*.gz")]
     tables = [json.dumps(json.loads(text)["published"]) for text in lists]
     numbers = set(re.findall(r"\d+(?:\.\d+)?|(?<!\d)\.\d+", " ".join([sheet.read_text(), *tables])))

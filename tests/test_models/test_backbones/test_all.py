@@ -42,7 +42,7 @@ def _image(height, width, batch=1):
 
 def test_the_list_of_families_is_the_registry():
     registered = [cls for cls in MODELS.module_dict.values() if isinstance(cls, type) and issubclass(cls, BaseBackbone)]
-    assert registered == BACKBONES and FAMILIES["vmamba"].__name__ == "VMamba"
+    assert set(registered) == set(BACKBONES) and FAMILIES["vmamba"].__name__ == "VMamba"
     assert {"VMamba"} <= {cls.__name__ for cls in BATCH_NORMED}
 
 
