@@ -124,16 +124,8 @@ class SS2D(nn.Module):
         z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-<<<<<<< HEAD
-            # A CPU's activations of half a wider map take up to three times as long as a copy and those of the copy.
-            z = z.contiguous() if z.device.type == "cpu" else z
-            z = self.act(z) if self.gate_act else z
-        return self.convolve_and_scan(x), z, x.dtype
-=======
             z = self.gate(z)
-        x = self._convolve(x)
-        return self.scan(x), z, x.dtype
->>>>>>> i7-efficientvmamba
+        return self.convolve_and_scan(x), z, x.dtype
 
     def gate(self, z: Tensor) -> Tensor:
         """Return what multiplies the normed scans from its projection ``z`` (b, h, w, d), half of a wider map."""
