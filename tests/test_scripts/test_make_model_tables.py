@@ -85,5 +85,6 @@ def test_our_own_results_get_their_own_row(tables, monkeypatch):
 
 def test_counts_far_from_the_published_ones_are_explained(tables):
     notes = [line for line in tables.model_tables().splitlines() if line.startswith("FLOPs of ")]
-    assert len(notes) == 1
-    assert "published 384 G, counted 348.9 G" in notes[0] and notes[0].count("_vmamba-small-s2l15_fpn") == 2
+    assert not [note for note in notes if "we do not know why" in note]
+    (vmamba,) = [note for note in notes if "_vmamba-" in note]
+    assert "published 384 G, counted 348.9 G" in vmamba and vmamba.count("_vmamba-small-s2l15_fpn") == 2
