@@ -60,7 +60,7 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Recognition | None:
 def adapt(state_dict: dict[str, Tensor], source: str = "") -> dict[str, Tensor]:
     """Return the entries of an official file under our names; what is not recognised comes back as it is.
 
-    An official classifier gets the names of an MMPretrain classifier (``backbone.``, ``head.fc.``), and in a detector
+    An official classifier gets the names of an MMPretrain classifier (``backbone.``, ``head.``), and in a detector
     or segmentor the names of early releases become the present ones. Values and shapes stay as they are: the layers
     load the weights of a 1x1 convolution for a linear map by themselves. Our own names stay as they are.
 

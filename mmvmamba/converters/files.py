@@ -55,7 +55,7 @@ def convert_file(
 ) -> Conversion:
     """Write the weights of an official file, or of one of ours, under our names.
 
-    A classifier becomes an MMPretrain classifier (``backbone.``, ``head.fc.``); in a detector or segmentor the backbone
+    A classifier becomes an MMPretrain classifier (``backbone.``, ``head.``); in a detector or segmentor the backbone
     gets our names; a bare backbone stays bare. Values, shapes and dtypes stay. Only weights and ``dataset_meta`` are
     kept. The names of the source are noted in the target, so that ``restore_file`` gives them back.
 

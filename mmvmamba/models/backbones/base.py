@@ -186,7 +186,7 @@ class BaseBackbone(BaseModule):
                 raise ConfigError(
                     f"{type(self).__name__}: {len(synced)} norms such as {synced[0]!r} became SyncBatchNorm, "
                     "expected the channels-last batch norms they were built with. Remove sync_bn from the config, or "
-                    "choose norm='layer_norm' in arch."
+                    "choose norm='layer_norm' in arch where the family has that option."
                 )
             self.freeze()
             if self.norm_eval:
