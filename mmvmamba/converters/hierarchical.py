@@ -57,6 +57,24 @@ def released_arguments(
     return function, {**functions[function], **kwargs}
 
 
+def refuse_pretrained(pretrained: object) -> None:
+    """Raise ``ConfigError`` if upstream's constructor is to load a file, where we only build."""
+    if pretrained not in (None, "", False):
+        raise ConfigError(
+            f"pretrained is {pretrained!r}, expected None: this function only builds. Load the file and pass its "
+            "entries through convert_state_dict."
+        )
+
+
+def refuse_out_norms(form: str, stages: Sequence[int]) -> None:
+    """Raise ``ConfigError`` if a classifier is to be filled with out norms."""
+    if stages:
+        raise ConfigError(
+            f"fill_out_norms is {tuple(stages)} for form {form!r}, expected () there: a classifier has no out norms. "
+            "Use the form of a feature extractor."
+        )
+
+
 def widths(dims: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     """Return the channels of every stage; a number is that of the first, which doubles."""
     return tuple(dims * 2**i for i in range(num_stages)) if isinstance(dims, int) else tuple(dims)

@@ -20,6 +20,8 @@ from mmvmamba.converters.hierarchical import (
     in_words,
     num_stages,
     only,
+    refuse_out_norms,
+    refuse_pretrained,
     released_arguments,
     sketch,
     without,
@@ -84,11 +86,7 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
                 f"mambaout {form}: {name} is given, expected it left out or None: it names classes, and ours are "
                 "upstream's own (layer norms with eps 1e-6, exact GELU, perceptron head). Build others by hand."
             )
-    if kwargs.pop("pretrained", None):
-        raise ConfigError(
-            f"mambaout {form}: pretrained is given, expected False: this function only builds. Load the file and pass "
-            "its entries through convert_state_dict."
-        )
+    refuse_pretrained(kwargs.pop("pretrained", None))
     known = [*_DEFAULTS, *(["out_indices"] if form == "backbone" else [])]
     reject_unknown_arguments(kwargs, known, f"mambaout {form}")
     out_indices = kwargs.pop("out_indices", None)
@@ -151,11 +149,7 @@ def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) ->
     body = without(state_dict, _HEAD_OF_CLASSIFIER)
     if form == "backbone":
         return fill_out_norms(rename(body, (*_TRUNK, OUT_NORM), "a MambaOut feature extractor"), stages, _WIDTH)
-    if stages:
-        raise ConfigError(
-            f"fill_out_norms is {tuple(stages)} for form 'classifier', expected () there: a classifier has no "
-            "out norms. Use form='backbone'."
-        )
+    refuse_out_norms(form, stages)
     trunk = rename(body, _TRUNK, "a MambaOut classifier")
     num_stages(trunk, "MambaOut")
     # Upstream and timm call different norms "head.norm"; only timm has a module for what is before the last linear map.

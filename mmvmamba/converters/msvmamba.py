@@ -25,6 +25,8 @@ from mmvmamba.converters.hierarchical import (
     in_words,
     num_stages,
     only,
+    refuse_out_norms,
+    refuse_pretrained,
     released_arguments,
     sketch,
     translate,
@@ -301,16 +303,12 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
     reject_unknown_arguments(kwargs, known, f"msvmamba {generation} {kind}")
     kwargs = {name: value for name, value in kwargs.items() if name not in _V1_WITHOUT_EFFECT}
     extra = {name: kwargs.pop(name, default) for name, default in _BACKBONE_DEFAULTS.items()}
+    refuse_pretrained(extra["pretrained"])
     options = _BUILDERS[generation](**kwargs)
     dims = options["arch"].dims
     if kind == "classifier":
         backbone = MSVMamba(**options, out_indices=(len(dims) - 1,))
         return build_classifier(backbone, dims[-1], kwargs.get("num_classes", 1000))
-    if extra["pretrained"] not in (None, ""):
-        raise ConfigError(
-            f"pretrained is {extra['pretrained']!r}, expected None: this function only builds. Load the file and "
-            "pass its entries through convert_state_dict."
-        )
     return MSVMamba(**options, out_indices=tuple(extra["out_indices"]))
 
 
@@ -366,11 +364,7 @@ def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) ->
         ours = rename(state_dict, (*_TRUNK, *_OLD_TRUNK, OUT_NORM), "an MSVMamba feature extractor", drop)
         head_norm = {name.rsplit(".", 1)[1] for name in state_dict if re.match(r"(?:classifier\.)?norm\.", name)}
         return fill_out_norms(ours, stages, _WIDTH, sorted(head_norm) or ("bias", "weight"))
-    if stages:
-        raise ConfigError(
-            f"fill_out_norms is {tuple(stages)} for form {form!r}, expected () there: a classifier has no out norms. "
-            "Use a form of a backbone."
-        )
+    refuse_out_norms(form, stages)
     trunk = rename(without(state_dict, _HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "an MSVMamba classifier")
     last = num_stages(trunk, "MSVMamba") - 1
     head = rename(only(state_dict, _HEAD_OF_CLASSIFIER), _head_rules(last), "the head of an MSVMamba classifier")

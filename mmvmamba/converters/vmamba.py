@@ -20,6 +20,8 @@ from mmvmamba.converters.hierarchical import (
     in_words,
     num_stages,
     only,
+    refuse_out_norms,
+    refuse_pretrained,
     released_arguments,
     sketch,
     translate,
@@ -195,11 +197,7 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
     if form == "classifier":
         return _build_classifier(kwargs)
     extra = {name: kwargs.pop(name, default) for name, default in _BACKBONE_DEFAULTS.items()}
-    if extra["pretrained"] not in (None, ""):
-        raise ConfigError(
-            f"pretrained is {extra['pretrained']!r}, expected None: this function only builds. Load the file and "
-            "pass its entries through convert_state_dict."
-        )
+    refuse_pretrained(extra["pretrained"])
     options = _upstream_vssm(**kwargs, norm_layer=extra["norm_layer"])
     # Upstream's feature extractor owns a position embedding but never adds it.
     return VMamba(**options, out_indices=tuple(extra["out_indices"]), use_pos_embed=False)
@@ -248,11 +246,7 @@ def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) ->
         ours = rename(state_dict, (*_TRUNK, *_OLD_TRUNK, OUT_NORM), "a VMamba feature extractor", drop)
         head_norm = {name.rsplit(".", 1)[1] for name in state_dict if re.match(r"(?:classifier\.)?norm\.", name)}
         return fill_out_norms(ours, stages, _WIDTH, sorted(head_norm) or ("bias", "weight"))
-    if stages:
-        raise ConfigError(
-            f"fill_out_norms is {tuple(stages)} for form 'classifier', expected () there: a classifier has no "
-            "out norms. Use form='backbone'."
-        )
+    refuse_out_norms(form, stages)
     trunk = rename(without(state_dict, _HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "a VMamba classifier")
     last = num_stages(trunk, "VMamba") - 1
     head = rename(

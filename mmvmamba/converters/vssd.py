@@ -22,6 +22,8 @@ from mmvmamba.converters.hierarchical import (
     in_words,
     num_stages,
     only,
+    refuse_out_norms,
+    refuse_pretrained,
     released_arguments,
     sketch,
     translate,
@@ -127,11 +129,7 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
     if form == "classifier":
         return _build_classifier(kwargs)
     extra = {name: kwargs.pop(name, default) for name, default in _BACKBONE_DEFAULTS.items()}
-    if extra["pretrained"] not in (None, ""):
-        raise ConfigError(
-            f"pretrained is {extra['pretrained']!r}, expected None: this function only builds. Load the file and "
-            "pass its entries through convert_state_dict."
-        )
+    refuse_pretrained(extra["pretrained"])
     return VSSD(**_upstream_vmamba2(**kwargs), out_indices=tuple(extra["out_indices"]))
 
 
@@ -170,11 +168,7 @@ def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) ->
         drop = (_HEAD_OF_CLASSIFIER,) if stages else ()
         ours = rename(state_dict, (*_TRUNK, OUT_NORM), "a VSSD feature extractor", drop)
         return fill_out_norms(ours, stages, _WIDTH)
-    if stages:
-        raise ConfigError(
-            f"fill_out_norms is {tuple(stages)} for form 'classifier', expected () there: a classifier has no "
-            "out norms. Use form='backbone'."
-        )
+    refuse_out_norms(form, stages)
     trunk = rename(without(state_dict, _HEAD_OF_CLASSIFIER), _TRUNK, "a VSSD classifier")
     last = num_stages(trunk, "VSSD") - 1
     head = rename(only(state_dict, _HEAD_OF_CLASSIFIER), _head_rules(last), "the head of a VSSD classifier")

@@ -239,7 +239,7 @@ def test_bad_archs(arch: dict, told: str) -> None:
     ("kwargs", "told"),
     [
         (dict(act_layer="relu"), "act_layer is given, expected it left out or None"),
-        (dict(pretrained=True), "pretrained is given, expected False"),
+        (dict(pretrained=True), "pretrained is True, expected None"),
         (dict(depths=[1] * 5, dims=[8] * 5), "expected at most 4 stages"),
         (dict(function="mambaout_huge"), "function is 'mambaout_huge', expected one of mambaout_femto"),
         (dict(drop_path=0.1), r"unknown argument 'drop_path'.*Did you mean 'drop_path_rate'\?"),
