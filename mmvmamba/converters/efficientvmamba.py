@@ -24,6 +24,8 @@ from mmvmamba.converters.hierarchical import (
     in_words,
     num_stages,
     only,
+    refuse_out_norms,
+    refuse_pretrained,
     released_arguments,
     sketch,
     translate,
@@ -40,17 +42,27 @@ FORMS = ("classifier", "backbone")
 # Upstream takes every word but "v2" for "v1"; a misspelt one is refused here.
 _DOWNSAMPLES = {"v1": "patch_merging", "v2": "conv2x2"}
 #: Arguments that upstream's classes take, or its configs pass, and that change nothing there: the state has 16 entries,
-#: the rank is a sixteenth of the channels, rounded up, and the stem is the patchifying one, whatever they say.
+#: the rank is a sixteenth of the channels, rounded up, the stem is the patchifying one, and scans and perceptrons are
+#: those of the class it derives from at its defaults, whatever they say.
 _WITHOUT_EFFECT = (
     "attn_drop_rate",
     "d_state",
     "drop_rate",
     "dt_rank",
+    "forward_type",
+    "mlp_act_layer",
+    "mlp_drop_rate",
     "patchembed_version",
     "shared_ssm",
     "softmax_version",
+    "ssm_act_layer",
+    "ssm_conv",
+    "ssm_conv_bias",
     "ssm_d_state",
+    "ssm_drop_rate",
     "ssm_dt_rank",
+    "ssm_rank_ratio",
+    "ssm_simple_init",
     "window_size",
 )
 
@@ -118,11 +130,7 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
         backbone = EfficientVMamba(**options, out_indices=(len(dims) - 1,))
         return build_classifier(backbone, dims[-1], kwargs.get("num_classes", _DEFAULTS["num_classes"]))
     extra = {name: kwargs.pop(name, default) for name, default in _BACKBONE_DEFAULTS.items()}
-    if extra["pretrained"] not in (None, ""):
-        raise ConfigError(
-            f"pretrained is {extra['pretrained']!r}, expected None: this function only builds. Load the file and "
-            "pass its entries through convert_state_dict."
-        )
+    refuse_pretrained(extra["pretrained"])
     return EfficientVMamba(**_upstream_arguments(**kwargs), out_indices=tuple(extra["out_indices"]))
 
 
@@ -210,11 +218,7 @@ def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) ->
         drop = (_HEAD_OF_CLASSIFIER,) if stages else ()
         rules = (*_TRUNK, *_OLD_TRUNK, OUT_NORM)
         return fill_out_norms(rename(state_dict, rules, "an EfficientVMamba feature extractor", drop), stages, _WIDTH)
-    if stages:
-        raise ConfigError(
-            f"fill_out_norms is {tuple(stages)} for form 'classifier', expected () there: a classifier has no "
-            "out norms. Use form='backbone'."
-        )
+    refuse_out_norms(form, stages)
     trunk = rename(without(state_dict, _HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "an EfficientVMamba classifier")
     head_rules = _head_rules(num_stages(trunk, "EfficientVMamba") - 1)
     head = rename(only(state_dict, _HEAD_OF_CLASSIFIER), head_rules, "the head of an EfficientVMamba classifier")

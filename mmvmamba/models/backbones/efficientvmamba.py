@@ -4,7 +4,9 @@ Upstream: TerryPei/EfficientVMamba, classification/models/vmamba_efficient.py (`
 ``Backbone_EfficientVSSM``). Differences: the map is channels-last throughout, every input size from 1x1 up works, the
 downsampling after the last used stage is not evaluated, the stages of inverted residuals have ``blocks`` and a
 ``downsample`` as all others have, and only the scan with a step of two exists (upstream's others leave pixels
-without a value). Arguments that upstream takes and never uses are none here.
+without a value). Arguments that upstream takes and never uses are none here. A, D, the time-step bias and all norms
+are trained without weight decay, as ``SSMOptimWrapperConstructor`` asks (upstream decays A and the bias and, in its
+detectors, the batch norms).
 """
 
 from __future__ import annotations
@@ -204,8 +206,8 @@ class EVSSBlock(Block):
         return x
 
 
-class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation of the inverted residuals: of the plain mean, with a ReLU.
+class ConvSqueezeExcite(nn.Module):
+    """Squeeze-and-excitation of the inverted residuals: of the plain mean, with a ReLU and biases.
 
     Args:
         channels: Channels of input and output.
@@ -236,7 +238,7 @@ class InvertedResidual(Block):
         wide = _EXPANSION * channels
         self.conv_pw = nn.Sequential(PointwiseConv2d(channels, wide, bias=False), BatchNorm(wide), nn.ReLU())
         self.conv_dw = nn.Sequential(_depthwise(wide, bias=False), BatchNorm(wide), nn.ReLU())
-        self.se = SqueezeExcite(wide, max(1, int(SE_RATIO * wide)))
+        self.se = ConvSqueezeExcite(wide, max(1, int(SE_RATIO * wide)))
         self.conv_pw2 = nn.Sequential(PointwiseConv2d(wide, channels, bias=False), BatchNorm(channels))
         self.drop_path = DropPath(drop_path)
 

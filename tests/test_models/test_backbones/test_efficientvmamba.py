@@ -297,11 +297,13 @@ def test_upstream_arguments_without_a_meaning_here(kwargs, message):
 
 
 def test_upstream_arguments_without_effect_are_accepted():
-    """As upstream's detection configs pass them."""
+    """As upstream's detection configs pass them, and what its class takes besides and does not pass on."""
     kwargs = dict(dims=8, depths=(1, 1, 1, 1), mlp_ratio=0.0, downsample_version="v1", pretrained=None)
     none = dict(
-        ssm_d_state=8, ssm_dt_rank=1, patchembed_version="v2", window_size=7, d_state=4, dt_rank=2, drop_rate=0.5
-    )
+        ssm_d_state=8, ssm_dt_rank=1, patchembed_version="v2", window_size=7, d_state=4, dt_rank=2, drop_rate=0.5,
+        forward_type="v0", ssm_conv=5, ssm_conv_bias=False, ssm_act_layer="gelu", ssm_drop_rate=0.1, ssm_rank_ratio=1.0,
+        ssm_simple_init=True, mlp_act_layer="relu", mlp_drop_rate=0.1,
+    )  # fmt: skip
     plain = from_upstream("efficientvmamba", "backbone", kwargs)
     assert from_upstream("efficientvmamba", "backbone", kwargs | none).arch == plain.arch
 
