@@ -30,6 +30,7 @@ from mmvmamba.models.layers import (
 from mmvmamba.models.layers.mlp import chunk_rows
 from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import inference_dtype, is_traced, linear, multiply
+from mmvmamba.models.layers.patch import image_to_channels_last
 from mmvmamba.registry import MODELS
 
 #: Of every layer norm; PyTorch's own default is ten times larger.
@@ -112,9 +113,7 @@ class Stem(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image (b, c, h, w) to tokens (b, h', w', d)."""
-        # A copy of the few input channels, after which no other layer moves data.
-        x = image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        x = self.act(self.norm1(self.conv1(x)))
+        x = self.act(self.norm1(self.conv1(image_to_channels_last(image))))
         return self.norm2(self.conv2(x))
 
 

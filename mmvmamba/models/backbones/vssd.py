@@ -37,6 +37,7 @@ from mmvmamba.models.layers.patch import image_to_channels_last
 from mmvmamba.models.layers.pointwise import PointwiseConv2d
 from mmvmamba.models.layers.ssm_init import init_dt_bias_
 from mmvmamba.ops import ssd_non_causal
+from mmvmamba.ops.ssd.heads import accumulation
 from mmvmamba.registry import MODELS
 
 Mixer = Literal["ssd", "attention"]
@@ -278,13 +279,13 @@ class NonCausalSSD(nn.Module):
             self.weights(dt).flatten(1, 2),
             b_in.unflatten(-1, (self.num_groups, self.d_state)),
             c_out.unflatten(-1, (self.num_groups, self.d_state)),
-            self.D.to(_accumulation(y.dtype)),
-            out_dtype=_accumulation(y.dtype),
+            self.D.to(accumulation(y.dtype)),
+            out_dtype=accumulation(y.dtype),
         )
 
     def weights(self, dt: Tensor) -> Tensor:
         """Return the weight of every token and head (..., k) in the accumulation type."""
-        accumulate = _accumulation(dt.dtype)
+        accumulate = accumulation(dt.dtype)
         rate = torch.exp(self.A_log.to(accumulate))
         step = F.softplus(dt.to(accumulate) + self.dt_bias.to(accumulate))
         return step * (rate if self.positive_weight else -rate)
@@ -420,10 +421,6 @@ class VSSD(BaseBackbone):
                 break
             x = layer.downsample(x)
         return tuple(outs)
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_sizes(inner: int, num_heads: int, groups: int, d_state: int) -> None:
