@@ -46,12 +46,7 @@ _DOWNSAMPLES = {"v1": "patch_merging", "v2": "conv2x2", "v3": "conv3x3", "none":
 _SSM_INITS = {"v0": "mamba", "v1": "random", "v2": "zero"}
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "sigmoid": "sigmoid"}
 _MULTI_SCALE = "multiscale_4scan_12"
-#: Scans of the half map by ``ms_split[1]`` of v1 and by ``full_res_index`` of v3.
-_V1_ROUTES = {
-    1: ("column_reversed",),
-    2: ("row_reversed", "column_reversed"),
-    3: ("row_reversed", "column", "column_reversed"),
-}
+#: Scan of the full map and scans of the half map by ``full_res_index`` of v3.
 _V3_ROUTES = {
     1: ("row", ("row_reversed", "column", "column_reversed")),
     2: ("row_reversed", ("row", "column", "column_reversed")),
@@ -112,16 +107,16 @@ def _upstream_v1(
         _only_official("ssm_rank_ratio", ssm_rank_ratio, ssm_ratio, "a smaller one adds low-rank projections")
     if convFFN and mlp_ratio > 0:
         _only_official("mlp_ratio", mlp_ratio, 0.0, "with convFFN upstream would apply both")
-    if len(ms_split) != 2 or ms_split[0] != 1 or ms_split[1] not in _V1_ROUTES:
-        _only_official("ms_split", list(ms_split), [1, 3], "[1, 2] and [1, 1] are known as well")
+    _only_official("ms_split", list(ms_split), [1, 3], "upstream's scan fails at fewer parts")
     return dict(
         arch=MSVMambaArch(
             dims=widths(dims, len(depths)),
             depths=depths,
             drop_path_rate=drop_path_rate,
             generation="v1",
-            half_routes=_V1_ROUTES[ms_split[1]],  # type: ignore[arg-type]  # a Literal as a str
-            patch_embed=translate("patchembed_version", patchembed_version, _PATCH_EMBEDS),  # type: ignore[arg-type]
+            patch_embed=translate(  # type: ignore[arg-type]  # a Literal as a str, here and below
+                "patchembed_version", patchembed_version, _PATCH_EMBEDS
+            ),
             downsample=translate("downsample_version", downsample_version, _DOWNSAMPLES),  # type: ignore[arg-type]
             squeeze_excite=bool(add_se),
             **_scan_options(ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_act_layer, ssm_conv, ssm_conv_bias, ssm_drop_rate),
@@ -354,8 +349,6 @@ _OP_ORDERS = {
 }
 _FFN_ORDER = ("linear1", "linear2", "dwc")
 _DOWNSAMPLE_ORDER = ("reduction", "norm")
-#: Linear maps that upstream has as 1x1 convolutions, whose weights ours load as they are.
-_POINTWISE = re.compile(rf"{BLOCK}convFFN\.linear[12]\.weight")
 
 
 def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
@@ -401,10 +394,7 @@ def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
         ".convFFN.": _FFN_ORDER,
         ".downsample.": _DOWNSAMPLE_ORDER,
     }
-    return {
-        name: value[:, :, None, None] if _POINTWISE.fullmatch(name) and value.ndim == 2 else value
-        for name, value in in_order(theirs, orders).items()
-    }
+    return in_order(theirs, orders)
 
 
 #: "msvmamba_tiny" is our "v1-tiny", "msvmambav3_tiny" our "v3-tiny".

@@ -31,8 +31,8 @@ from mmvmamba.models.layers import (
     SS2D,
     ChannelsLastConv2d,
     DropPath,
-    Linear,
     Mlp,
+    PointwiseConv2d,
     SqueezeExcite,
     build_downsample,
     build_norm,
@@ -270,14 +270,6 @@ def _resize(x: Tensor, h: int, w: int, mode: str) -> Tensor:
     return F.interpolate(x.permute(0, 3, 1, 2), size=(h, w), mode=mode).permute(0, 2, 3, 1)
 
 
-class _Pointwise(Linear):
-    """A linear map that starts as the 1x1 convolution it is upstream."""
-
-    def reset_parameters(self) -> None:
-        """Draw new weights."""
-        nn.Linear.reset_parameters(self)
-
-
 class ConvFFN(nn.Module):
     """Linear map, depthwise 3x3 convolution added to its input, GELU, linear map.
 
@@ -289,8 +281,8 @@ class ConvFFN(nn.Module):
 
     def __init__(self, channels: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.linear1 = _Pointwise(channels, hidden)
-        self.linear2 = _Pointwise(hidden, channels)
+        self.linear1 = PointwiseConv2d(channels, hidden)
+        self.linear2 = PointwiseConv2d(hidden, channels)
         self.dwc = ChannelsLastConv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.act = nn.GELU()
         self.drop = nn.Dropout(dropout)
