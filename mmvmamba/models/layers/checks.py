@@ -12,3 +12,12 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
             f"{argument} is {value!r}, expected one of {', '.join(map(repr, choices))}."
             f"{nearest_spelling(value, choices)} Write one of these names."
         )
+
+
+def check_hidden(layer: str, hidden: int) -> None:
+    """Raise ``ConfigError`` unless there is a channel between the two linear maps of a perceptron."""
+    if hidden < 1:
+        raise ConfigError(
+            f"{layer}: hidden is {hidden}, expected at least 1 channel between its linear maps. Raise the ratio of the "
+            "perceptron in arch."
+        )

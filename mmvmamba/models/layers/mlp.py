@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmvmamba.models.layers.activation import Activation, build_activation
+from mmvmamba.models.layers.checks import check_hidden
 from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import (
@@ -21,6 +22,7 @@ from mmvmamba.models.layers.onednn import (
     serves_gradient,
     weight_gradient,
     without_autocast,
+    without_repeats,
 )
 
 # Hidden values of one step of the chunked passes: 2 MiB of float32, which the next step finds in the cache and at the
@@ -46,10 +48,14 @@ class Mlp(nn.Module):
         hidden: Channels between the two linear maps.
         act: Name of the activation.
         dropout: Dropout probability after either linear map.
+
+    Raises:
+        ConfigError: If there are no hidden channels.
     """
 
     def __init__(self, channels: int, hidden: int, act: Activation = "gelu", dropout: float = 0.0) -> None:
         super().__init__()
+        check_hidden("Mlp", hidden)
         self.fc1 = Linear(channels, hidden)
         self.act = build_activation(act)
         self.fc2 = Linear(hidden, channels)
@@ -130,6 +136,7 @@ class _GeluMlp(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if grad is None or grad_hidden is not None or not serves_gradient(grad):
             return _plain_gradients(grad, grad_hidden, (x, w1, w2, hidden), needed)
+        grad = without_repeats(grad)
         grad_x = of_w1 = of_b1 = of_w2 = None
         if needed[0]:
             grad_x = grad.new_empty(grad.shape[0], w1.shape[1])
@@ -190,10 +197,14 @@ class GatedMlp(nn.Module):
         hidden: Channels of either half.
         act: Name of the activation of the gate.
         dropout: Dropout probability after the last linear map.
+
+    Raises:
+        ConfigError: If there are no hidden channels.
     """
 
     def __init__(self, channels: int, hidden: int, act: Activation = "gelu", dropout: float = 0.0) -> None:
         super().__init__()
+        check_hidden("GatedMlp", hidden)
         self.fc1 = Linear(channels, 2 * hidden)
         self.act = build_activation(act)
         self.fc2 = Linear(hidden, channels)

@@ -56,6 +56,23 @@ def test_linear_equals_pytorch(calls, layout, bias):
     torch.testing.assert_close(onednn.linear(*inputs), F.linear(*inputs), **CLOSE)
 
 
+@pytest.mark.parametrize("layer", [Linear(64, 80), Mlp(64, 80)], ids=lambda layer: type(layer).__name__)
+def test_the_gradient_of_a_sum_is_written_out(monkeypatch, layer):
+    """It is one value with strides of 0, which oneDNN multiplies hundreds of times more slowly."""
+    original, strides = onednn.multiply, []
+
+    def watch(x, weight, *args, **kwargs):
+        strides.extend((*x.stride(), *weight.stride()))
+        return original(x, weight, *args, **kwargs)
+
+    for module in ("onednn", "mlp"):
+        monkeypatch.setattr(f"mmvmamba.models.layers.{module}.multiply", watch)
+    x = torch.randn(400, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    assert bool(strides) is onednn._EXISTS and 0 not in strides
+    torch.testing.assert_close(grad, torch.autograd.grad(layer(x), x, torch.ones(400, layer(x).shape[1]))[0], **CLOSE)
+
+
 @pytest.mark.parametrize(("rows", "wide", "narrow"), [(2000, 128, 16), (64, 256, 128)])
 def test_weight_gradient_in_either_order(rows, wide, narrow):
     """The narrower operand goes first unless the weight is large."""
