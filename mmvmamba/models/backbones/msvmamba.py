@@ -42,6 +42,7 @@ from mmvmamba.models.layers import (
     drop_path_schedule,
 )
 from mmvmamba.models.layers.activation import Activation
+from mmvmamba.models.layers.checks import check_hidden
 from mmvmamba.models.layers.depthwise import can_fuse_depthwise
 from mmvmamba.models.layers.norm import Norm
 from mmvmamba.models.layers.onednn import linear
@@ -277,10 +278,14 @@ class ConvFFN(nn.Module):
         channels: Channels of input and output.
         hidden: Channels between.
         dropout: Dropout probability after either linear map.
+
+    Raises:
+        ConfigError: If there are no hidden channels.
     """
 
     def __init__(self, channels: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
+        check_hidden("ConvFFN", hidden)
         self.linear1 = PointwiseConv2d(channels, hidden)
         self.linear2 = PointwiseConv2d(hidden, channels)
         self.dwc = ChannelsLastConv2d(hidden, hidden, 3, padding=1, groups=hidden)

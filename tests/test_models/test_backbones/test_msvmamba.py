@@ -368,9 +368,10 @@ def test_options_without_effect_are_taken():
         (dict(half_routes=["rows"]), "half_routes is 'rows'"),
         (dict(half_routes=[]), "half_routes is ()"),
         (dict(ffn="gated"), "ffn is 'gated'"),
+        (dict(ffn_ratio=0.0), "ConvFFN: hidden is 0"),
         (dict(out_norm="softmax"), "out_norm is 'softmax' with generation='v1'"),
     ],
 )
 def test_a_wrong_arch_is_refused(wrong, words):
     with pytest.raises(ConfigError, match=words):
-        MSVMamba(dict(dims=[16], depths=[1], **wrong))
+        MSVMamba(dict(dims=[16], depths=[1], **wrong), out_indices=(0,))

@@ -249,6 +249,7 @@ def test_dropout_reaches_stem_perceptrons_and_attention():
         ),
         (dict(dims=[1, 2]), "expected at least 2 in the first stage"),
         (dict(head_dim=4), "unknown key 'head_dim'"),
+        (dict(mlp_ratio=0.1), "Mlp: hidden is 0, expected at least 1 channel"),
         (dict(drop_path_rate=1.0), "drop path rate is 1.0"),
     ],
     ids=str,
