@@ -104,7 +104,7 @@ def convert_state_dict(
         state_dict: Upstream's entries, names to tensors (``checkpoint["model"]`` of an ImageNet checkpoint).
         fill_out_norms: For form ``"backbone"``: the ``out_indices`` of a feature extractor that shall start from a
             classifier's weights. Out norms of these stages get weight 1 and bias 0 where the state dict has none, and
-            the entries of the classification head are left out.
+            the entries of the classification head are left out. (MambaOut's has no out norms, and gets none.)
 
     Raises:
         ConfigError: If family or form is unknown.

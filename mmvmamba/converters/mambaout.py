@@ -148,7 +148,10 @@ _TIMM_HEAD = (
 def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
     body = without(state_dict, _HEAD_OF_CLASSIFIER)
     if form == "backbone":
-        return fill_out_norms(rename(body, (*_TRUNK, OUT_NORM), "a MambaOut feature extractor"), stages, _WIDTH)
+        ours = rename(body, (*_TRUNK, OUT_NORM), "a MambaOut feature extractor")
+        # This form has no out norms: the stages are looked for, as in every family, and nothing is added.
+        fill_out_norms(dict(ours), stages, _WIDTH)
+        return ours
     refuse_out_norms(form, stages)
     trunk = rename(body, _TRUNK, "a MambaOut classifier")
     num_stages(trunk, "MambaOut")

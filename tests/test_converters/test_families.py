@@ -9,13 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mmvmamba.apis.weights import check_weights
 from mmvmamba.checkpoints.matching import differing, load
 from mmvmamba.checkpoints.official import adapt, recognise
-from mmvmamba.converters import from_upstream, to_upstream_state_dict
+from mmvmamba.converters import convert_state_dict, from_upstream, to_upstream_state_dict
 from mmvmamba.converters.base import load_converter
 from mmvmamba.converters.files import convert_file, restore_file
 from mmvmamba.errors import CheckpointMismatch
@@ -121,6 +122,27 @@ def test_an_official_file_of_real_size(family, tmp_path):
     taken = to_upstream_state_dict(family, "backbone", backbone.state_dict())
     trunk = {name: value for name, value in state.items() if not re.fullmatch(converter.head, name)}
     assert all(torch.equal(taken[name], value) for name, value in trunk.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), [1, 3]], ids=str)
+def test_a_classifier_starts_the_feature_extractor_of_the_same_arguments(family, out_indices):
+    """Strictly, as ``convert_state_dict`` promises of its result."""
+    for path in sorted((PARITY / family).glob("*.json")):
+        meta = json.loads(path.read_text())
+        if not meta["form"].endswith("classifier"):
+            continue
+        form = meta["form"].replace("classifier", "backbone")
+        backbone = from_upstream(family, form, {**meta["kwargs"], "out_indices": out_indices})
+        with np.load(path.with_suffix(".npz")) as data:
+            state = {name[3:]: torch.from_numpy(data[name]).float() for name in data.files if name.startswith("sd:")}
+        backbone.load_state_dict(convert_state_dict(family, form, state, fill_out_norms=out_indices), strict=True)
+        taken = to_upstream_state_dict(family, form, backbone.state_dict())
+        trunk = {name for name in state if not re.fullmatch(load_converter(family).head, name)}
+        assert trunk and all(torch.equal(taken[name], state[name]) for name in trunk)
+        break
+    else:
+        raise AssertionError(f"no case of a classifier of {family}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
