@@ -292,7 +292,9 @@ class NonCausalSSD(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax attention of every token to all, without positions; memory grows with the tokens, not their square.
+    """Softmax attention of every token to all, without positions.
+
+    Memory grows with the tokens, not their square, where PyTorch has a fused kernel: on a CPU not with dropout.
 
     Args:
         channels: Channels of input and output.
