@@ -322,6 +322,30 @@ def test_upstream_arguments_are_our_arch(path):
             assert from_upstream("msvmamba", form, arguments).arch == ARCHS[variant]
 
 
+@pytest.mark.parametrize(
+    ("form", "given", "fields"),
+    [
+        ("v1_backbone", {}, dict(full_route="row", half_routes=("row_reversed", "column", "column_reversed"))),
+        ("v3_backbone", {}, dict(full_route="row", half_routes=("row_reversed", "column", "column_reversed"))),
+        ("v3_backbone", dict(full_res_index=2), dict(full_route="row_reversed",
+                                                     half_routes=("row", "column", "column_reversed"))),
+        ("v3_backbone", dict(forward_type="vms"), dict(gated=True, gate_act=True, out_act=False)),
+        ("v3_backbone", dict(forward_type="vms_nozact_oact"), dict(gated=True, gate_act=False, out_act=True)),
+        ("v3_backbone", dict(forward_type=["vms_noz"] * 2), dict(gated=False)),
+        ("v3_backbone", dict(norm_layer="ln"), dict(ffn_post_norm=False, norm="layer_norm")),
+        ("v3_backbone", dict(norm_layer="BN"), dict(ffn_post_norm=True, norm="batch_norm")),
+        ("v3_backbone", dict(convffn=False), dict(ffn_post_norm=False, ffn="mlp", ffn_ratio=4.0)),
+        ("v1_backbone", dict(add_se=False, ssm_dt_rank=3), dict(squeeze_excite=False, dt_rank=3)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_an_upstream_argument_means(form, given, fields):
+    """The restatement above goes by our options: this is what says that they are upstream's."""
+    base = V1 if form.startswith("v1") else V3
+    arch = from_upstream("msvmamba", form, {**base, **given, "out_indices": [0]}).arch
+    assert {name: getattr(arch, name) for name in fields} == fields
+
+
 def test_a_plain_form_tells_the_generations_by_their_arguments():
     kwargs = {"v1": V1, "v3": V3}
     for generation, own in kwargs.items():
