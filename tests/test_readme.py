@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,24 @@ def test_own_mmdet_config(tmp_path: Path) -> None:
     optimizer.update_params(losses)
     assert losses.isfinite()
     assert not torch.equal(before, model.backbone.layers[0].blocks[0].op.in_proj.weight)
+
+
+def test_channels_of_every_arch() -> None:
+    """Every arch of every family is in one row of the table, that of its channels."""
+    pytest.importorskip("mmengine")
+    from mmvmamba.models import FAMILIES
+
+    rows = re.findall(r"^\| ((?:\d+, )+\d+) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    patterns = {
+        pattern: tuple(map(int, dims.split(", "))) for dims, row in rows for pattern in re.findall("`(.+?)`", row)
+    }
+    used = set()
+    for name, family in FAMILIES.items():
+        for arch, options in import_module(f"mmvmamba.models.backbones.{name}").ARCHS.items():
+            found = [pattern for pattern in patterns if fnmatchcase(f"{family.__name__} {arch}", pattern)]
+            assert [patterns[pattern] for pattern in found] == [options.dims], (name, arch)
+            used |= set(found)
+    assert used == set(patterns)
 
 
 @pytest.mark.parametrize("containing", ["from mmvmamba.converters import", "from mmvmamba.ops import"])

@@ -139,7 +139,26 @@ def prepare_training(
                 "learning rate is meant for. Add auto_scale_lr=dict(base_batch_size=...)."
             )
         cfg.auto_scale_lr.enable = True
-    return [*notes, *choose_start(cfg, resume), *map(Note, guard_training(cfg))]
+    return [*notes, *choose_start(cfg, resume), *_random_start(cfg), *map(Note, guard_training(cfg))]
+
+
+def _random_start(cfg: Config) -> list[Note]:
+    """Warn of a detector or segmentor whose backbone has no weights, unless ``init_cfg=None`` says that it is meant.
+
+    Some official ImageNet weights have no address that a recipe could name (MSVMamba, EfficientVMamba).
+    """
+    backbone = (cfg.get("model") or {}).get("backbone") or {}
+    kind = backbone.get("type")
+    if cfg.default_scope == "mmpretrain" or cfg.get("load_from") or "init_cfg" in backbone:
+        return []
+    if not isinstance(kind, str) or not kind.startswith("mmvmamba."):
+        return []
+    text = (
+        f"The backbone {kind} starts from random weights: the config names none. With a file of ImageNet weights: "
+        "--cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE. "
+        "model.backbone.init_cfg=None says that random weights are meant."
+    )
+    return [Note(text, logging.WARNING)]
 
 
 def prepare_testing(

@@ -25,12 +25,18 @@ def split_init_cfg(init_cfg: Any) -> tuple[list[dict[str, Any]], list[Any]]:
             (``"mmengine.Pretrained"``), or the class itself.
 
     Raises:
-        ConfigError: If a Pretrained entry has an unknown key or no checkpoint.
+        ConfigError: If an entry has no type, or a Pretrained entry has an unknown key or no checkpoint.
     """
     entries = [] if init_cfg is None else [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
     pretrained, others = [], []
     for entry in entries:
         kind = entry.get("type") if isinstance(entry, Mapping) else None
+        if isinstance(entry, Mapping) and kind is None:
+            raise ConfigError(
+                f"init_cfg: type missing, found {sorted(entry)}, expected type='Pretrained' for the weights of a file. "
+                "Add it, on a command line as --cfg-options model.backbone.init_cfg.type=Pretrained: the config names "
+                "no weights that a file could take the place of."
+            )
         if kind is PretrainedInit or (isinstance(kind, str) and kind.rpartition(".")[2] == "Pretrained"):
             pretrained.append(_check_pretrained(entry))
         else:

@@ -162,6 +162,24 @@ def test_training_flags(path, tmp_path):
         prepare_training(cfg, auto_scale_lr=True)
 
 
+def test_random_weights_of_a_backbone_are_no_surprise(tmp_path):
+    """Some recipes cannot name their weights; whoever trains one as it is learns it from the log."""
+    pytest.importorskip("mmdet")
+    path = str(ROOT / "configs/det/efficientvmamba/mask-rcnn_efficientvmamba-tiny_fpn_1x_coco.py")
+
+    def warned(path=path, **cfg_options):
+        cfg = load_config(path, work_dir=str(tmp_path), cfg_options=cfg_options)
+        return any("EfficientVMamba starts from random weights" in note.text for note in prepare_training(cfg))
+
+    assert warned()
+    assert not warned(**{"model.backbone.init_cfg": None})
+    init = {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "FILE"}
+    assert not warned(**init)
+    assert not warned(load_from="detector.pth")
+    assert not warned(DET)
+    assert not warned(CLS)
+
+
 def test_testing_flags_of_a_segmentor(weights, tmp_path):
     pytest.importorskip("mmseg")
     cfg = load_config(SEG)

@@ -51,7 +51,8 @@ def resolve_arch(arch: str | Mapping[str, Any] | Arch, archs: Mapping[str, Arch]
 def check_stages(**per_stage: Sequence[int]) -> None:
     """Raise ``ConfigError`` unless all of these are positive integers, one per stage, of one number of stages."""
     for name, value in per_stage.items():
-        if not value or not all(isinstance(n, int) and n > 0 for n in value):
+        sequence = isinstance(value, Sequence) and len(value) > 0
+        if not sequence or not all(isinstance(n, int) and n > 0 for n in value):
             raise ConfigError(f"arch: {name} is {value!r}, expected positive integers, one per stage. Correct it.")
     (first, stages), *others = per_stage.items()
     for name, value in others:

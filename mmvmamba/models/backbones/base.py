@@ -238,7 +238,7 @@ class BaseBackbone(BaseModule):
         """Load every Pretrained entry of ``init_cfg`` strictly; all others are MMEngine's business and come first.
 
         Raises:
-            ConfigError: If a Pretrained entry has an unknown key or no checkpoint.
+            ConfigError: If an entry has no type, or a Pretrained entry has an unknown key or no checkpoint.
             CheckpointError: If a checkpoint cannot be read, or (``CheckpointMismatch``) does not fit.
         """
         pretrained, others = split_init_cfg(self.init_cfg)

@@ -99,6 +99,10 @@ def test_bad_arguments(backbone):
         backbone("nano", frozen_stages=5)
     with pytest.raises(ConfigError, match=r"arch: unknown key 'depth'.*Did you mean 'depths'\?"):
         backbone(dict(dims=[8], depth=[1]))
+    nano = dataclasses.asdict(backbone("nano").arch)
+    for name, value in (("dims", 96), ("depths", 2), ("dims", [8, 16.0, 32, 64])):  # 96: how upstream writes four
+        with pytest.raises(ConfigError, match=rf"arch: {name} is .*expected positive integers, one per stage"):
+            backbone({**nano, name: value})
 
 
 @every_backbone
@@ -309,6 +313,12 @@ def test_every_spelling_of_pretrained_is_strict(backbone, spelling, tmp_path):
         backbone("nano", init_cfg=spell(dict(entry, prefx="backbone."))).init_weights()
     with pytest.raises(ConfigError, match="checkpoint is None, expected a file"):
         backbone("nano", init_cfg=spell(dict(type=entry["type"]))).init_weights()
+
+
+def test_pretrained_weights_need_a_type():
+    """Else the option that replaces the weights of one recipe would end in MMEngine's KeyError in another without."""
+    with pytest.raises(ConfigError, match=r"init_cfg: type missing, found \['checkpoint'\].*init_cfg.type=Pretrained"):
+        BACKBONES[0]("nano", init_cfg=dict(checkpoint="weights.pth")).init_weights()
 
 
 @every_backbone
