@@ -61,13 +61,14 @@ OTHERS = (
         for n, r, d in ((1, 6, 33), (1, 6, 8), (1, 0, 33), (3, 1, 8))
     ),
     *(Case("bf16", 1, r, 16) for r in (1, 3, 12, 48)),
+    *(Case("bf16", 65, 0, 9, 70, routes, options=False, heads=2) for routes in ("blocked", "causal")),
 )
 SSD = (
     *(Case(dtype, 64, 0, side, 64, heads=4) for dtype in DTYPES for side in (7, 56)),  # of VSSD
     *(Case(dtype, 16, 0, 14, 32, "blocked", heads=4, groups=2) for dtype in ("bf16", "fp32")),
-    Case("bf16", 65, 0, 9, 70, options=False, heads=2),
+    *(Case(dtype, 64, 0, 56, 64, "causal", heads=4) for dtype in DTYPES),
 )
-"""State space duality; none of its kernels spills."""
+"""State space duality; none of its kernels spills but that of the causal form's gradients."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Report:
     @property
     def hot(self) -> bool:
         """Whether spills are a failure: kernels for tiles but the first pass over segments, and those of `SSD`."""
-        if self.case.heads:
-            return True
+        if self.case in SSD:
+            return self.kernel != "chunk_backward_kernel"
         walks = self.kernel.startswith("tile") and "AGGREGATE" not in self.flags.split()
         return self.case in HOT and walks
 
@@ -143,7 +144,7 @@ def compiled_not_run(capability: int) -> Iterator[list[tuple[str, tuple[int, ...
 def call(case: Case) -> None:
     """Call forward, with and without saved states, and backward of the operator of ``case``."""
     if case.heads:
-        return _call_ssd_non_causal(case)
+        return _call_ssd(case)
     if case.r == 0:
         return _call_selective_scan(case)
     from mmvmamba.ops.scan2d import triton_kernels
@@ -180,15 +181,24 @@ def _call_selective_scan(case: Case) -> None:
         backward(out, grad_last_state, *inputs, case.softplus, carries)
 
 
-def _call_ssd_non_causal(case: Case) -> None:
+def _call_ssd(case: Case) -> None:
     """On slices of one wide map, as a layer has them."""
     from mmvmamba.ops.ssd import triton_kernels
+    from mmvmamba.ops.ssd.causal import triton_kernels as causal_kernels
 
     dtype, length, k, p, g, n = DTYPES[case.dtype], case.side**2, case.heads, case.d, case.groups, case.n
     wide = torch.zeros(2, length, k * p + 2 * g * n + k, dtype=dtype)
     x, B, C, weight = wide.split([k * p, g * n, g * n, k], -1)
     x, B, C = x.unflatten(-1, (k, p)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
-    weighted, skip = (weight, torch.zeros(k)) if case.options else (None, None)
+    vector = torch.zeros(k) if case.options else None
+    if case.routes == "causal":
+        start = torch.zeros(2, k, n, p) if case.options else None
+        inputs = (x, weight, torch.zeros(k), B, C, vector, vector, start)
+        causal_kernels.forward(*inputs, case.softplus, False, dtype, False)
+        out, last_state, carries = causal_kernels.forward(*inputs, case.softplus, False, dtype, True)
+        causal_kernels.backward(out, last_state if case.options else None, *inputs, case.softplus, False, carries)
+        return
+    weighted, skip = (weight, vector) if case.options else (None, None)
     blocked = case.routes == "blocked"
     out, state = triton_kernels.non_causal_forward(x, weighted, B, C, skip, blocked, dtype)
     triton_kernels.non_causal_backward(out, x, weighted, B, C, skip, blocked, state)

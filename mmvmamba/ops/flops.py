@@ -162,16 +162,12 @@ def _register() -> None:
         "ssd_read_backward": ssd_read_backward_flops,
         "ssd_non_causal": ssd_non_causal_flops,
         "ssd_non_causal_backward": ssd_non_causal_backward_flops,
+        "ssd": ssd_flops,
+        "ssd_backward": ssd_backward_flops,
     }
     for name, formula in formulas.items():
         operators = [getattr(torch.ops.mmvmamba, twin(name, suffix)) for suffix in TWINS]
         register_flop_formula(operators)(formula)
-    without_twins: dict[str, Any] = {
-        "ssd": ssd_flops,
-        "ssd_backward": ssd_backward_flops,
-    }
-    for name, formula in without_twins.items():
-        register_flop_formula(getattr(torch.ops.mmvmamba, name))(formula)
 
 
 _register()

@@ -49,6 +49,10 @@ SSD_SCHEMAS = (
     f"ssd_non_causal({_SSD_INPUTS}, bool blocked, ScalarType out_dtype) -> (Tensor out, Tensor state)",
     f"ssd_non_causal_backward(Tensor grad_out, {_SSD_INPUTS}, bool blocked, Tensor state)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"ssd({_CAUSAL_INPUTS}, bool dt_softplus, bool blocked, ScalarType out_dtype, bool save_carries)"
+    " -> (Tensor out, Tensor last_state, Tensor carries)",
+    f"ssd_backward(Tensor? grad_out, Tensor? grad_last_state, {_CAUSAL_INPUTS}, bool dt_softplus, bool blocked,"
+    " Tensor carries) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 TWINS = ("", "_triton")
 """A scan has one operator for the kernels of ``csrc/`` and one for Triton's, alike in all but the name's end: a trace
@@ -70,10 +74,6 @@ SCHEMAS = (
     "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
     "depthwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, int activation, bool need_x,"
     " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    f"ssd({_CAUSAL_INPUTS}, bool dt_softplus, bool blocked, ScalarType out_dtype, bool save_carries)"
-    " -> (Tensor out, Tensor last_state, Tensor carries)",
-    f"ssd_backward(Tensor? grad_out, Tensor? grad_last_state, {_CAUSAL_INPUTS}, bool dt_softplus, bool blocked,"
-    " Tensor carries) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # The instruction set of the compiled CPU kernels: default, neon, avx2 or avx512. Exists only where they are loaded.
     "cpu_capability() -> str",
 )
