@@ -48,6 +48,8 @@ HOT = tuple(Case(dtype, 1, 6, side) for dtype in DTYPES for side in (8, 16))
 """Sides 8 and 16: a route that is scanned whole, and one that is cut into segments."""
 LARGEST_SPILL = {"tile_forward_kernel": 0, "tile_backward_kernel": 160}
 """Bytes of registers that a hot kernel may keep in memory; for the gradients what float32 printed on sm_80."""
+LARGEST_SSD_SPILL = {"chunk_forward_kernel": 8}
+"""The same for `SSD`, of which all others spill nothing: what float32 printed on both, where no states are saved."""
 OTHERS = (
     *(Case(dtype, n, r, side) for dtype in DTYPES for n, r in ((1, 24), (16, 6), (16, 24)) for side in (8, 16)),
     *(Case(dtype, n, 0, side) for dtype in DTYPES for n in (1, 16) for side in (8, 16)),
@@ -266,10 +268,11 @@ def _run(*command: str | Path) -> str:
 
 def problems(reports: list[Report]) -> list[str]:
     """Return what is wrong with the hot kernels, in words."""
+    allowed = LARGEST_SPILL | LARGEST_SSD_SPILL
     return [
-        f"{report}: expected at most {LARGEST_SPILL.get(report.kernel, 0)} bytes of spills"
+        f"{report}: expected at most {allowed.get(report.kernel, 0)} bytes of spills"
         for report in reports
-        if report.hot and report.spills > LARGEST_SPILL.get(report.kernel, 0)
+        if report.hot and report.spills > allowed.get(report.kernel, 0)
     ]
 
 

@@ -363,7 +363,7 @@ print("fine")
 
 @pytest.mark.parametrize("suffix", ["", "_triton"])
 def test_both_operators_have_the_same_schema(suffix: str) -> None:
-    for name in ("scan2d", "selective_scan", "ssd_state", "ssd_read", "ssd_non_causal"):
+    for name in ("scan2d", "selective_scan", "ssd_state", "ssd_read", "ssd_non_causal", "ssd"):
         for end in ("", "_backward"):
             plain = str(getattr(torch.ops.mmvmamba, name + end).default._schema)
             other = str(getattr(torch.ops.mmvmamba, name + suffix + end).default._schema)

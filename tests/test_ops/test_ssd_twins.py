@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvmamba.ops import backends, flops, ssd_non_causal, ssd_read, ssd_state
+from mmvmamba.ops import backends, flops, ssd, ssd_non_causal, ssd_read, ssd_state
 from mmvmamba.ops.ssd import operator
+from mmvmamba.ops.ssd.causal import operator as causal_operator
 from tests.test_ops.test_ssd import non_causal_inputs
 
 
@@ -30,6 +31,16 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 return getattr(operator, plain)(*arguments)
 
             setattr(module, f"{mixer}_{direction}", stand_in)
+    causal = types.ModuleType("mmvmamba.ops.ssd.causal.triton_kernels")
+    for direction in ("forward", "backward"):
+
+        def causal_stand_in(*arguments: object, direction: str = direction) -> Any:
+            assert not torch.is_autocast_enabled("cpu")
+            names.append(f"causal_{direction}")
+            return getattr(causal_operator, f"_{direction}")(*arguments)
+
+        setattr(causal, direction, causal_stand_in)
+    monkeypatch.setitem(sys.modules, causal.__name__, causal)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backends, "triton_problem", lambda _kind: None)
@@ -45,19 +56,28 @@ def mixer(given: dict[str, Tensor], backend: str) -> Tensor:
     return ssd_read(torch.sin(state), given["c_out"], backend=backend) + ssd_non_causal(**given, backend=backend)
 
 
+def causal_mixer(given: dict[str, Tensor], backend: str) -> Tensor:
+    values = (given["x"], given["weight"], -given["skip"].exp(), given["b_in"], given["c_out"])
+    out, state = ssd(*values, dt_softplus=True, return_last_state=True, backend=backend)
+    return out * state.sum()
+
+
+MIXERS = {mixer: ("state", "read", "non_causal"), causal_mixer: ("causal",)}
+
+
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mix", MIXERS, ids=["non_causal", "causal"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_forward_and_backward_of_triton_go_together(called: list[str], traced: bool, autocast: bool) -> None:
+def test_forward_and_backward_of_triton_go_together(called: list[str], mix: Any, traced: bool, autocast: bool) -> None:
     given = float_inputs()
     torch._dynamo.reset()
-    run = torch.compile(mixer, fullgraph=True, backend="aot_eager") if traced else mixer
+    run = torch.compile(mix, fullgraph=True, backend="aot_eager") if traced else mix
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = run(given, "triton")
         grads = torch.autograd.grad(out.square().sum(), list(given.values()))
-    assert sorted(called) == sorted(
-        f"{m}_{d}" for m in ("state", "read", "non_causal") for d in ("forward", "backward")
-    )
-    expected = mixer(given, "reference")
+    for name in MIXERS[mix]:
+        assert [entry for entry in called if entry.startswith(name)] == [f"{name}_forward", f"{name}_backward"]
+    expected = mix(given, "reference")
     torch.testing.assert_close(out, expected)
     wanted = torch.autograd.grad(expected.square().sum(), list(given.values()))
     for grad, want in zip(grads, wanted, strict=True):
@@ -69,16 +89,21 @@ def test_operators_of_triton_are_well_formed() -> None:
     x, weight, b_in, c_out, skip = float_inputs().values()
     operators = torch.ops.mmvmamba
     state = operators.ssd_state_triton(x, weight, b_in, False).detach().requires_grad_()
+    decay = -torch.rand(x.shape[2])
     arguments: dict[str, tuple[object, ...]] = {
         "ssd_state_triton": (x, weight, b_in, False),
         "ssd_read_triton": (state, c_out, True, torch.float32),
         "ssd_non_causal_triton": (x, weight, b_in, c_out, skip, False, torch.float32),
+        "ssd_triton": (x, weight, decay, b_in, c_out, skip, None, None, True, False, torch.float32, True),
     }
     for name, values in arguments.items():
         torch.library.opcheck(getattr(operators, name).default, values)
-    x, b_in, c_out, state = (value.detach() for value in (x, b_in, c_out, state))
+    x, weight, b_in, c_out, state = (value.detach() for value in (x, weight, b_in, c_out, state))
     values = (x, x, None, b_in, c_out, None, True, state)
     torch.library.opcheck(operators.ssd_non_causal_triton_backward.default, values)
+    causal = (x, weight, decay, b_in, c_out, None, None, None)
+    _, last, carries = operators.ssd_triton(*causal, True, False, torch.float32, True)
+    torch.library.opcheck(operators.ssd_triton_backward.default, (x, last, *causal, True, False, carries))
 
 
 @pytest.mark.usefixtures("called")

@@ -5,7 +5,7 @@ up afterwards. Logarithms of decays are summed inside a chunk from each position
 """
 
 # Arguments of kernels are pointers, numbers and compile-time constants; Triton reads no annotation but constexpr.
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -24,8 +24,28 @@ def _decays(rate, CHUNK: tl.constexpr):
     summed = tl.cumsum(tl.where(later > earlier, rate[:, None], 0.0), 0)
     within = tl.where(later >= earlier, tl.exp(summed), 0.0)
     from_start = tl.exp(tl.cumsum(rate, 0))
-    to_end = tl.sum(tl.where(later == CHUNK - 1, within, 0.0), 0)
-    return within, from_start, to_end, tl.exp(tl.sum(rate, 0))
+    return within, from_start, _to_end(rate, CHUNK), tl.exp(tl.sum(rate, 0))
+
+
+@triton.jit
+def _to_end(rate, CHUNK: tl.constexpr):
+    """How much of every position is left after the chunk."""
+    after = tl.arange(0, CHUNK)[:, None] > tl.arange(0, CHUNK)[None, :]
+    return tl.exp(tl.sum(tl.where(after, rate[:, None], 0.0), 0))
+
+
+@triton.jit
+def _next_state(
+    state, x_ptr, xs_l, xs_p, b_ptr, bs_l, bs_n, step_ptr, rate_ptr, first_row, heads,
+    rows, length, states, n, columns, p, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The state after a chunk from that before it."""
+    at_row = first_row + rows.to(tl.int64) * heads
+    step = tl.load(step_ptr + at_row, mask=rows < length, other=0.0)
+    rate = tl.load(rate_ptr + at_row, mask=rows < length, other=0.0)
+    inputs = load_tile(x_ptr, rows, xs_l, length, columns, xs_p, p).to(tl.float32) * step[:, None]
+    B = load_tile(b_ptr, rows, bs_l, length, states, bs_n, n).to(tl.float32) * _to_end(rate, CHUNK)[:, None]
+    return product(tl.trans(B), inputs, state * tl.exp(tl.sum(rate, 0)))
 
 
 @triton.jit
@@ -45,9 +65,9 @@ def chunk_forward_kernel(
     step_ptr, rate_ptr, skip_ptr, start_ptr, y_ptr, last_ptr, carries_ptr,
     batches, length, heads, groups, n, p, blocks_n, blocks_p, chunks,
     HAS_SKIP: tl.constexpr, HAS_START: tl.constexpr, SAVE: tl.constexpr, BLOCKED: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    SAVED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Outputs (a part per tile of states), the last state, and the state before every chunk."""
+    """Outputs (a part per tile of states), the last state, and the state before every SAVED chunks."""
     head, batch, block_n, block_p = _place(heads, blocks_n, blocks_p)
     group = group_of(head, heads, groups, BLOCKED)
     states = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,8 +87,9 @@ def chunk_forward_kernel(
         step = tl.load(step_ptr + at_row, mask=rows < length, other=0.0)
         rate = tl.load(rate_ptr + at_row, mask=rows < length, other=0.0)
         if SAVE:
-            at = carries_ptr + ((batch * chunks + chunk) * heads + head) * n * p
-            store_tile(at, state, states, p, n, columns, p)
+            if chunk % SAVED == 0:
+                at = carries_ptr + ((batch * ((chunks + SAVED - 1) // SAVED) + chunk // SAVED) * heads + head) * n * p
+                store_tile(at, state, states, p, n, columns, p)
         within, from_start, to_end, keep = _decays(rate, CHUNK)
         x = load_tile(x_ptr, rows, xs_l, length, columns, xs_p, p).to(tl.float32)
         inputs = x * step[:, None]
@@ -101,7 +122,7 @@ def chunk_backward_kernel(
     dx_ptr, db_ptr, dc_ptr, rows_ptr, dstart_ptr,
     batches, length, heads, groups, n, p, blocks_n, blocks_p, chunks,
     HAS_SKIP: tl.constexpr, HAS_LAST: tl.constexpr, BLOCKED: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    SAVED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Gradients, chunk by chunk from the last; rows hold those of the rates, of the steps, and the products dy x."""
     head, batch, block_n, block_p = _place(heads, blocks_n, blocks_p)
@@ -127,8 +148,15 @@ def chunk_backward_kernel(
         step = tl.load(step_ptr + at_row, mask=rows < length, other=0.0)
         rate = tl.load(rate_ptr + at_row, mask=rows < length, other=0.0)
         within, from_start, to_end, keep = _decays(rate, CHUNK)
-        at = carries_ptr + ((batch * chunks + chunk) * heads + head) * n * p
-        before = load_tile(at, states, p, n, columns, 1, p)
+        at = carries_ptr + ((batch * ((chunks + SAVED - 1) // SAVED) + chunk // SAVED) * heads + head) * n * p
+        before = load_tile(at, states, p, n, columns, 1, p).to(tl.float32)
+        passed = chunk - chunk % SAVED
+        while passed < chunk:
+            before = _next_state(
+                before, x_ptr, xs_l, xs_p, b_ptr, bs_l, bs_n, step_ptr, rate_ptr, batch * length * heads + head, heads,
+                passed * CHUNK + tl.arange(0, CHUNK), length, states, n, columns, p, CHUNK,
+            )  # fmt: skip
+            passed += 1
         x = load_tile(x_ptr, rows, xs_l, length, columns, xs_p, p).to(tl.float32)
         dy = load_tile(dy_ptr, rows, ds_l, length, columns, ds_p, p).to(tl.float32)
         C = load_tile(c_ptr, rows, cs_l, length, states, cs_n, n).to(tl.float32)

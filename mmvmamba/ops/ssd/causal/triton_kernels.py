@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmvmamba.ops.ssd.causal.operator import _backward, _forward
+from mmvmamba.ops.ssd.causal.operator import _backward, _forward, carries_shape
 from mmvmamba.ops.ssd.causal.triton_chunks import chunk_backward_kernel, chunk_forward_kernel
 from mmvmamba.ops.ssd.heads import accumulation, sum_heads
 from mmvmamba.ops.ssd.reference import CHUNK, log_decays, step_sizes
@@ -19,12 +19,17 @@ from mmvmamba.ops.ssd.reference import CHUNK, log_decays, step_sizes
 _Optional = Tensor | None
 
 LARGEST_BLOCK = 64
-"""States or channels of a tile."""
+"""States of a tile."""
+CHANNELS = 16
+"""Channels of a tile; with 32, and with longer chunks, the forward spills registers (scripts/check_triton.py)."""
+POSITIONS = 16
+"""Positions of a chunk; states are saved every `CHUNK` positions, as the compiled kernels do."""
 
 
 def _tiles(n: int, p: int) -> dict[str, Any]:
-    block_n, block_p = (max(16, min(LARGEST_BLOCK, triton.next_power_of_2(size))) for size in (n, p))
-    return {"BLOCK_N": block_n, "BLOCK_P": block_p, "CHUNK": CHUNK}
+    block_n = max(16, min(LARGEST_BLOCK, triton.next_power_of_2(n)))
+    block_p = max(16, min(CHANNELS, triton.next_power_of_2(p)))
+    return {"BLOCK_N": block_n, "BLOCK_P": block_p, "CHUNK": POSITIONS, "SAVED": CHUNK // POSITIONS}
 
 
 def _sizes(x: Tensor, b_in: Tensor, tiles: dict[str, Any]) -> tuple[int, ...]:
@@ -32,7 +37,7 @@ def _sizes(x: Tensor, b_in: Tensor, tiles: dict[str, Any]) -> tuple[int, ...]:
     b, length, k, p = x.shape
     g, n = b_in.shape[2:]
     return (
-        b, length, k, g, n, p, -(-n // tiles["BLOCK_N"]), -(-p // tiles["BLOCK_P"]), -(-length // CHUNK),
+        b, length, k, g, n, p, -(-n // tiles["BLOCK_N"]), -(-p // tiles["BLOCK_P"]), -(-length // POSITIONS),
     )  # fmt: skip
 
 
@@ -60,10 +65,10 @@ def forward(
         rest = (skip, dt_bias, initial_state, dt_softplus, blocked, out_dtype, save_carries)
         return _forward(x, dt, decay, b_in, c_out, *rest)
     tiles = _tiles(b_in.shape[3], x.shape[3])
-    b, _, k, _, n, p, blocks_n, blocks_p, chunks = sizes = _sizes(x, b_in, tiles)
+    b, _, k, _, n, p, blocks_n, blocks_p, _ = sizes = _sizes(x, b_in, tiles)
     dtype = accumulation(x.dtype)
     last_state = x.new_empty((b, k, n, p), dtype=dtype)
-    carries = x.new_empty((b, chunks, k, n, p) if save_carries else (0,), dtype=dtype)
+    carries = x.new_empty(carries_shape(x, b_in, save_carries), dtype=dtype)
     _, step, rate = _rates(dt, decay, dt_bias, dt_softplus)
     parts = x.new_empty((blocks_n, *x.shape), dtype=out_dtype if blocks_n == 1 else torch.float32)
     chunk_forward_kernel[(b * k * blocks_n * blocks_p,)](
@@ -95,7 +100,7 @@ def backward(
         *_strided(x), *_strided(b_in), *_strided(c_out), *_strided(dy), step, rate,
         step if skip is None else skip.contiguous(), step if grad_last_state is None else grad_last_state.contiguous(),
         carries, dx, db, dc, rows, dstart, *sizes,
-        HAS_SKIP=skip is not None, HAS_LAST=grad_last_state is not None, BLOCKED=blocked, num_warps=8, **tiles,
+        HAS_SKIP=skip is not None, HAS_LAST=grad_last_state is not None, BLOCKED=blocked, num_warps=4, **tiles,
     )  # fmt: skip
     drate, from_inputs, products = rows.sum(1)
     dstep = drate * decay + from_inputs
