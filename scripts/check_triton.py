@@ -2,7 +2,8 @@
 
 The operators are called as users call them, on CPU tensors, while every launch is compiled and not run: what is
 checked is what would run, specialised as Triton specialises it. Fails if something does not compile, a launch grid is
-too large, or a hot kernel (`scan2d`, n = 1, r = 6, not the first pass over segments) spills more than `LARGEST_SPILL`.
+too large, or a hot kernel (`scan2d`, n = 1, r = 6, not the first pass over segments; all of state space duality) spills
+more than `LARGEST_SPILL`.
 
 Usage: ``python scripts/check_triton.py [--hot]``
 """
@@ -29,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Case(NamedTuple):
-    """One call of an operator and its gradients; r = 0 is `selective_scan`."""
+    """One call of an operator and its gradients; r = 0 is `selective_scan`, and with heads (of d channels) an `ssd`."""
 
     dtype: str
     n: int
@@ -39,12 +40,16 @@ class Case(NamedTuple):
     routes: str = "orders"
     options: bool = True
     softplus: bool = True
+    heads: int = 0
+    groups: int = 1
 
 
 HOT = tuple(Case(dtype, 1, 6, side) for dtype in DTYPES for side in (8, 16))
 """Sides 8 and 16: a route that is scanned whole, and one that is cut into segments."""
 LARGEST_SPILL = {"tile_forward_kernel": 0, "tile_backward_kernel": 160}
 """Bytes of registers that a hot kernel may keep in memory; for the gradients what float32 printed on sm_80."""
+LARGEST_SSD_SPILL = {"chunk_forward_kernel": 8}
+"""The same for `SSD`, of which all others spill nothing: what float32 printed on both, where no states are saved."""
 OTHERS = (
     *(Case(dtype, n, r, side) for dtype in DTYPES for n, r in ((1, 24), (16, 6), (16, 24)) for side in (8, 16)),
     *(Case(dtype, n, 0, side) for dtype in DTYPES for n in (1, 16) for side in (8, 16)),
@@ -58,7 +63,14 @@ OTHERS = (
         for n, r, d in ((1, 6, 33), (1, 6, 8), (1, 0, 33), (3, 1, 8))
     ),
     *(Case("bf16", 1, r, 16) for r in (1, 3, 12, 48)),
+    *(Case("bf16", 65, 0, 9, 70, routes, options=False, heads=2) for routes in ("blocked", "causal")),
 )
+SSD = (
+    *(Case(dtype, 64, 0, side, 64, heads=4) for dtype in DTYPES for side in (7, 56)),  # of VSSD
+    *(Case(dtype, 16, 0, 14, 32, "blocked", heads=4, groups=2) for dtype in ("bf16", "fp32")),
+    *(Case(dtype, 64, 0, 56, 64, "causal", heads=4) for dtype in DTYPES),
+)
+"""State space duality; none of its kernels spills but that of the causal form's gradients."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,9 @@ class Report:
 
     @property
     def hot(self) -> bool:
-        """Whether spills are a failure: kernels for tiles but the first pass over segments."""
+        """Whether spills are a failure: kernels for tiles but the first pass over segments, and those of `SSD`."""
+        if self.case in SSD:
+            return self.kernel != "chunk_backward_kernel"
         walks = self.kernel.startswith("tile") and "AGGREGATE" not in self.flags.split()
         return self.case in HOT and walks
 
@@ -131,6 +145,8 @@ def compiled_not_run(capability: int) -> Iterator[list[tuple[str, tuple[int, ...
 
 def call(case: Case) -> None:
     """Call forward, with and without saved states, and backward of the operator of ``case``."""
+    if case.heads:
+        return _call_ssd(case)
     if case.r == 0:
         return _call_selective_scan(case)
     from mmvmamba.ops.scan2d import triton_kernels
@@ -165,6 +181,29 @@ def _call_selective_scan(case: Case) -> None:
     backward: Any = triton_kernels.backward
     for grad_last_state in (None, last_state):
         backward(out, grad_last_state, *inputs, case.softplus, carries)
+
+
+def _call_ssd(case: Case) -> None:
+    """On slices of one wide map, as a layer has them."""
+    from mmvmamba.ops.ssd import triton_kernels
+    from mmvmamba.ops.ssd.causal import triton_kernels as causal_kernels
+
+    dtype, length, k, p, g, n = DTYPES[case.dtype], case.side**2, case.heads, case.d, case.groups, case.n
+    wide = torch.zeros(2, length, k * p + 2 * g * n + k, dtype=dtype)
+    x, B, C, weight = wide.split([k * p, g * n, g * n, k], -1)
+    x, B, C = x.unflatten(-1, (k, p)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
+    vector = torch.zeros(k) if case.options else None
+    if case.routes == "causal":
+        start = torch.zeros(2, k, n, p) if case.options else None
+        inputs = (x, weight, torch.zeros(k), B, C, vector, vector, start)
+        causal_kernels.forward(*inputs, case.softplus, False, dtype, False)
+        out, last_state, carries = causal_kernels.forward(*inputs, case.softplus, False, dtype, True)
+        causal_kernels.backward(out, last_state if case.options else None, *inputs, case.softplus, False, carries)
+        return
+    weighted, skip = (weight, vector) if case.options else (None, None)
+    blocked = case.routes == "blocked"
+    out, state = triton_kernels.non_causal_forward(x, weighted, B, C, skip, blocked, dtype)
+    triton_kernels.non_causal_backward(out, x, weighted, B, C, skip, blocked, state)
 
 
 def compile_case(case: Case, capability: int) -> list[Report]:
@@ -229,10 +268,11 @@ def _run(*command: str | Path) -> str:
 
 def problems(reports: list[Report]) -> list[str]:
     """Return what is wrong with the hot kernels, in words."""
+    allowed = LARGEST_SPILL | LARGEST_SSD_SPILL
     return [
-        f"{report}: expected at most {LARGEST_SPILL[report.kernel]} bytes of spills"
+        f"{report}: expected at most {allowed.get(report.kernel, 0)} bytes of spills"
         for report in reports
-        if report.hot and report.spills > LARGEST_SPILL[report.kernel]
+        if report.hot and report.spills > allowed.get(report.kernel, 0)
     ]
 
 
@@ -251,7 +291,7 @@ def main() -> int:
     """Print every report; return 1 if a hot kernel spills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hot", action="store_true", help="only the hot kernels")
-    found = problems(check(HOT if parser.parse_args().hot else HOT + OTHERS))
+    found = problems(check(HOT + SSD if parser.parse_args().hot else HOT + SSD + OTHERS))
     for problem in found:
         print("FAILED:", problem, file=sys.stderr)
     return 1 if found else 0

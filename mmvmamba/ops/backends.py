@@ -198,8 +198,9 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def choose_backend(
-    name: str | None, device: str | torch.device, dtype: torch.dtype = torch.float32, *, cpu_only: bool = False
-) -> Choice:
+    name: str | None, device: str | torch.device, dtype: torch.dtype = torch.float32, *, cpu_only: bool = False,
+    cuda_kernels: bool = True,
+) -> Choice:  # fmt: skip
     """Return the backend to run.
 
     Args:
@@ -208,6 +209,8 @@ def choose_backend(
         dtype: That of the tensors: float64 has no kernel on a GPU.
         cpu_only: The operator has a compiled kernel for the CPU and no other; elsewhere PyTorch's own is good. A name
             that cannot be had is refused only where it is the argument ``name``.
+        cuda_kernels: Whether the operator has compiled kernels for GPUs. Without them it has Triton's there, and
+            PyTorch's own is good too; ``cpu_only`` says that it has neither.
 
     Raises:
         ConfigError: The name is unknown.
@@ -217,15 +220,17 @@ def choose_backend(
     origin = "the argument backend"
     if name is None:
         name, origin = _default
-        if cpu_only and (name == "triton" or (name == "compiled" and device.type != "cpu")):
-            name = None  # said of the whole process, for the scans; this operator has one way to run here
+        if name in _lacking(device, cpu_only, cuda_kernels):
+            name = None  # said of the whole process, for the scans; this operator has other ways to run here
     pinned = name is not None
     if name is None:
-        name = _best(device, dtype, cpu_only)
+        name = _best(device, dtype, _lacking(device, cpu_only, cuda_kernels))
     elif check_backend_name(name, origin) != "reference":
         problem = why_not(name, device, dtype)
         if cpu_only and (name == "triton" or device.type != "cpu"):
             problem = "this operator has compiled kernels on the CPU and no others"
+        elif name in _lacking(device, cpu_only, cuda_kernels):
+            problem = "this operator has compiled kernels on the CPU alone; on a GPU it has Triton's"
         if problem is not None:
             raise BackendError(f"backend {name!r} was asked for by {origin} and cannot run: {problem}")
     if name == "compiled" and device.type == "cpu":
@@ -233,14 +238,20 @@ def choose_backend(
     return Choice(name, pinned)
 
 
-def _best(device: torch.device, dtype: torch.dtype, cpu_only: bool) -> str:
-    """Return the best backend that can run, with a warning if it is the last."""
+def _lacking(device: torch.device, cpu_only: bool, cuda_kernels: bool) -> tuple[str, ...]:
+    """Return the backends of which an operator has no kernel on a device, whatever is installed."""
+    compiled = () if device.type == "cpu" or (cuda_kernels and not cpu_only) else ("compiled",)
+    return (*compiled, "triton") if cpu_only else compiled
+
+
+def _best(device: torch.device, dtype: torch.dtype, lacking: tuple[str, ...]) -> str:
+    """Return the best backend that can run, with a warning if it is the last and others would be better."""
     # Triton's interpreter is slower than plain PyTorch: on a CPU it runs when it is asked for.
-    names = ("compiled",) if device.type == "cpu" else () if cpu_only else ("compiled", "triton")
+    names = ("compiled",) if device.type == "cpu" else ("compiled", "triton")
     for name in names:
-        if why_not(name, device, dtype) is None:
+        if name not in lacking and why_not(name, device, dtype) is None:
             return name
-    if names:
+    if "compiled" not in lacking:
         warn_of_fallback(device, dtype)
     return "reference"
 

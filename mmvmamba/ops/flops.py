@@ -156,11 +156,6 @@ def _register() -> None:
         "selective_scan_backward": selective_scan_backward_flops,
         "scan2d": scan2d_flops,
         "scan2d_backward": scan2d_backward_flops,
-    }
-    for name, formula in formulas.items():
-        operators = [getattr(torch.ops.mmvmamba, twin(name, suffix)) for suffix in TWINS]
-        register_flop_formula(operators)(formula)
-    without_twins: dict[str, Any] = {
         "ssd_state": ssd_state_flops,
         "ssd_state_backward": ssd_state_backward_flops,
         "ssd_read": ssd_read_flops,
@@ -170,8 +165,9 @@ def _register() -> None:
         "ssd": ssd_flops,
         "ssd_backward": ssd_backward_flops,
     }
-    for name, formula in without_twins.items():
-        register_flop_formula(getattr(torch.ops.mmvmamba, name))(formula)
+    for name, formula in formulas.items():
+        operators = [getattr(torch.ops.mmvmamba, twin(name, suffix)) for suffix in TWINS]
+        register_flop_formula(operators)(formula)
 
 
 _register()

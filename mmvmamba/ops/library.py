@@ -39,6 +39,21 @@ SCAN_SCHEMAS = (
     f"scan2d_backward(Tensor grad_out, {_SCAN2D_INPUTS}, {_ROUTES}, bool delta_softplus, Tensor carries)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+SSD_SCHEMAS = (
+    # blocked: head j uses group j // (k / g), else j % g.
+    "ssd_state(Tensor x, Tensor? weight, Tensor b_in, bool blocked) -> Tensor",
+    "ssd_state_backward(Tensor grad_state, Tensor x, Tensor? weight, Tensor b_in, bool blocked)"
+    " -> (Tensor, Tensor, Tensor)",
+    "ssd_read(Tensor state, Tensor c_out, bool blocked, ScalarType out_dtype) -> Tensor",
+    "ssd_read_backward(Tensor grad_out, Tensor state, Tensor c_out, bool blocked) -> (Tensor, Tensor)",
+    f"ssd_non_causal({_SSD_INPUTS}, bool blocked, ScalarType out_dtype) -> (Tensor out, Tensor state)",
+    f"ssd_non_causal_backward(Tensor grad_out, {_SSD_INPUTS}, bool blocked, Tensor state)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"ssd({_CAUSAL_INPUTS}, bool dt_softplus, bool blocked, ScalarType out_dtype, bool save_carries)"
+    " -> (Tensor out, Tensor last_state, Tensor carries)",
+    f"ssd_backward(Tensor? grad_out, Tensor? grad_last_state, {_CAUSAL_INPUTS}, bool dt_softplus, bool blocked,"
+    " Tensor carries) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 TWINS = ("", "_triton")
 """A scan has one operator for the kernels of ``csrc/`` and one for Triton's, alike in all but the name's end: a trace
 keeps the backend it was made with, and a forward is always followed by its own backward."""
@@ -54,24 +69,11 @@ SCHEMAS = (
     *(
         twin(name, suffix) + "(" + signature
         for suffix in TWINS
-        for name, signature in (schema.split("(", 1) for schema in SCAN_SCHEMAS)
+        for name, signature in (schema.split("(", 1) for schema in SCAN_SCHEMAS + SSD_SCHEMAS)
     ),
     "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
     "depthwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, int activation, bool need_x,"
     " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    # blocked: head j uses group j // (k / g), else j % g.
-    "ssd_state(Tensor x, Tensor? weight, Tensor b_in, bool blocked) -> Tensor",
-    "ssd_state_backward(Tensor grad_state, Tensor x, Tensor? weight, Tensor b_in, bool blocked)"
-    " -> (Tensor, Tensor, Tensor)",
-    "ssd_read(Tensor state, Tensor c_out, bool blocked, ScalarType out_dtype) -> Tensor",
-    "ssd_read_backward(Tensor grad_out, Tensor state, Tensor c_out, bool blocked) -> (Tensor, Tensor)",
-    f"ssd_non_causal({_SSD_INPUTS}, bool blocked, ScalarType out_dtype) -> (Tensor out, Tensor state)",
-    f"ssd_non_causal_backward(Tensor grad_out, {_SSD_INPUTS}, bool blocked, Tensor state)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"ssd({_CAUSAL_INPUTS}, bool dt_softplus, bool blocked, ScalarType out_dtype, bool save_carries)"
-    " -> (Tensor out, Tensor last_state, Tensor carries)",
-    f"ssd_backward(Tensor? grad_out, Tensor? grad_last_state, {_CAUSAL_INPUTS}, bool dt_softplus, bool blocked,"
-    " Tensor carries) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # The instruction set of the compiled CPU kernels: default, neon, avx2 or avx512. Exists only where they are loaded.
     "cpu_capability() -> str",
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmvmamba.ops.backends import warn_of_fallback, why_not
 from mmvmamba.ops.library import TWINS, refuse_second_derivative, register_autocast, register_fallback, twin
 
-Kernel = Callable[..., tuple[Tensor, ...]]
+Kernel = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,25 @@ class ScanParts:
     """How many gradients of outputs the arguments of ``backward`` begin with; the per-position tensors follow."""
     streams: tuple[int, ...]
     """Positions of the per-position tensors among the arguments of ``forward``."""
+    package: str = ""
+    """Package in `mmvmamba.ops` that has the ``triton_kernels``, where it is not named as the operator."""
+    prefix: str = ""
+    """What the names of their functions ``forward`` and ``backward`` begin with."""
+    plain_is_good: bool = False
+    """Whether plain PyTorch is made of large products, so that nobody need be told that it runs."""
 
 
 def declare(op: str, parts: ScanParts) -> None:
     """Attach ``parts`` to both operators of a scan.
 
     Args:
-        op: Name of the scan, which is also that of its package in `mmvmamba.ops`.
+        op: Name of the scan.
         parts: What it is made of.
     """
     for suffix in TWINS:
         name, backward_name = twin(op, suffix), twin(f"{op}_backward", suffix)
-        register_fallback(name, _kernel(op, "forward", parts.forward, suffix, 0))
-        register_fallback(backward_name, _kernel(op, "backward", parts.backward, suffix, parts.gradients))
+        register_fallback(name, _kernel(op, parts, False, suffix))
+        register_fallback(backward_name, _kernel(op, parts, True, suffix))
         torch.library.register_fake(f"mmvmamba::{name}", parts.fake_forward)
         torch.library.register_fake(f"mmvmamba::{backward_name}", parts.fake_backward)
         differentiate = functools.partial(parts.autograd, getattr(torch.ops.mmvmamba, backward_name))
@@ -60,27 +66,31 @@ def declare(op: str, parts: ScanParts) -> None:
         register_autocast(name, functools.partial(autocast_arguments, parts.streams))
 
 
-def _kernel(op: str, direction: str, plain: Kernel, suffix: str, first: int) -> Kernel:
+def _kernel(op: str, parts: ScanParts, backward: bool, suffix: str) -> Kernel:
     """Return the kernel that runs where no compiled one is attached: Triton where it can, else plain PyTorch.
 
     Args:
         op: Name of the scan.
-        direction: ``"forward"`` or ``"backward"``.
-        plain: Plain PyTorch.
+        parts: What it is made of.
+        backward: Whether it is the kernel of the gradients.
         suffix: Which of `TWINS`.
-        first: Position of the argument that decides on device and dtype.
     """
+    plain = parts.backward if backward else parts.forward
+    first = parts.gradients if backward else 0  # the argument that decides on device and dtype
+    module = f"mmvmamba.ops.{parts.package or op}.triton_kernels"
+    function = parts.prefix + ("backward" if backward else "forward")
 
-    def run(*arguments: Any) -> tuple[Tensor, ...]:
+    def run(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
         device, dtype = arguments[first].device, arguments[first].dtype
         # On a CPU Triton means its interpreter, which is for those who ask.
         if (suffix == "_triton" or device.type != "cpu") and why_not("triton", device, dtype) is None:
-            kernels = importlib.import_module(f"mmvmamba.ops.{op}.triton_kernels")
+            kernels = importlib.import_module(module)
             # A backward may be called under autocast, which must not reach the operations inside.
             with torch.autocast(device.type, enabled=False):
-                result: tuple[Tensor, ...] = getattr(kernels, direction)(*arguments)
+                result: Tensor | tuple[Tensor, ...] = getattr(kernels, function)(*arguments)
             return result
-        warn_of_fallback(device, dtype)
+        if not parts.plain_is_good:
+            warn_of_fallback(device, dtype)
         return plain(*arguments)
 
     return run

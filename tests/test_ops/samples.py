@@ -275,6 +275,6 @@ def ssd_sample(seed: int) -> Sample:
 
 
 SCANS: dict[str, Callable[[int], Sample]] = {"selective_scan": selective_scan_sample, "scan2d": scan2d_sample}
-"""The makers of the operators that have kernels for GPUs."""
+"""The makers of the operators that have CUDA kernels."""
 MAKERS: dict[str, Callable[[int], Sample]] = SCANS | {"ssd_non_causal": ssd_non_causal_sample, "ssd": ssd_sample}
 """Every operator's maker of samples; the tests of what all operators promise go through these."""

@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,29 @@ def test_an_operator_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("compiled", "triton"):
         with pytest.raises(BackendError, match="compiled kernels on the CPU and no others"):
             backends.choose_backend(name, CUDA, cpu_only=True)
+
+
+def test_an_operator_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's on a GPU, else PyTorch's own, which nobody need be warned of; the process's wish for others is void."""
+    options = {"cuda_kernels": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for triton in (True, False):
+            fake(monkeypatch, "ok", triton=triton)
+            assert backends.choose_backend(None, CUDA, **options).name == ("triton" if triton else "reference")
+        assert backends.choose_backend(None, CUDA, torch.float64, **options) == ("reference", False)
+        fake(monkeypatch, "ok", triton=True)
+        assert backends.choose_backend(None, "cpu", **options) == ("compiled", False)
+        monkeypatch.setattr(backends, "_default", backends._Default("compiled", "use_backend"))
+        assert backends.choose_backend(None, CUDA, **options) == ("triton", False)
+        assert backends.choose_backend(None, "cpu", **options) == ("compiled", True)
+        monkeypatch.setattr(backends, "_default", backends._Default("triton", "use_backend"))
+        assert backends.choose_backend(None, CUDA, **options) == ("triton", True)
+    with pytest.raises(BackendError, match="on the CPU alone; on a GPU it has Triton's"):
+        backends.choose_backend("compiled", CUDA, **options)
+    fake(monkeypatch, "ok", triton=False)
+    with pytest.raises(BackendError, match="'triton' was asked for by the argument"):
+        backends.choose_backend("triton", CUDA, **options)
 
 
 @pytest.mark.parametrize("build", ["ok", "cpu_only"])
@@ -279,9 +303,13 @@ def test_the_kernel_of_last_resort_prefers_triton(monkeypatch: pytest.MonkeyPatc
     def plain(*_arguments: object) -> str:
         return "plain"
 
+    parts: Any = types.SimpleNamespace(
+        forward=plain, backward=plain, gradients=1, package="", prefix="", plain_is_good=False
+    )
+
     def run(suffix: str, *arguments: object) -> object:
-        forward = _kernel("scan2d", "forward", plain, suffix, 0)(*arguments)
-        backward = _kernel("scan2d", "backward", plain, suffix, 1)(None, *arguments)
+        forward = _kernel("scan2d", parts, False, suffix)(*arguments)
+        backward = _kernel("scan2d", parts, True, suffix)(None, *arguments)
         assert str(backward).replace("backward", "forward") == forward
         return forward
 
@@ -335,7 +363,7 @@ print("fine")
 
 @pytest.mark.parametrize("suffix", ["", "_triton"])
 def test_both_operators_have_the_same_schema(suffix: str) -> None:
-    for name in ("scan2d", "selective_scan"):
+    for name in ("scan2d", "selective_scan", "ssd_state", "ssd_read", "ssd_non_causal", "ssd"):
         for end in ("", "_backward"):
             plain = str(getattr(torch.ops.mmvmamba, name + end).default._schema)
             other = str(getattr(torch.ops.mmvmamba, name + suffix + end).default._schema)

@@ -63,6 +63,18 @@ def test_other_variants_compile() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_state_space_duality_has_no_spills() -> None:
+    code = (
+        "from scripts import check_triton as c\n"
+        "reports = c.check((c.SSD[0],), (80,))\n"
+        "expected = {'state_kernel', 'read_kernel', 'input_gradient_kernel', 'projection_gradient_kernel'}\n"
+        "assert {report.kernel for report in reports} == expected\n"
+        "assert all(report.hot and report.spills == 0 for report in reports)\n"
+    )
+    done = _run(code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_loops_are_counted() -> None:
     from scripts.check_triton import loop_sizes
 

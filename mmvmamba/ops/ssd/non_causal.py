@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import mmvmamba.ops.ssd.operator  # noqa: F401  registers the dispatcher operators
 from mmvmamba.ops import checks
-from mmvmamba.ops.backends import choose_backend
+from mmvmamba.ops.backends import choose_backend, operator_suffix
 from mmvmamba.ops.ssd.checks import check_head_groups, check_projection, check_sizes
 from mmvmamba.ops.ssd.heads import HeadGroups
 from mmvmamba.ops.ssd.reference import ssd_non_causal_reference, ssd_read_reference, ssd_state_reference
@@ -35,7 +37,7 @@ def ssd_non_causal(
 
     Args:
         x: Input (b, l, k, p): k heads of p channels. Where the heads of a position lie beside each other, as in a part
-            of a wider projection, the compiled backend reads it in place; the same holds for b_in and c_out.
+            of a wider projection, the kernels read it in place; the same holds for b_in and c_out.
         weight: Weight of every position and head (b, l, k), of either sign, or None for ones. VSSD has
             ``dt * exp(A_log)``.
         b_in: Input projections (b, l, g, n), g dividing k.
@@ -43,8 +45,9 @@ def ssd_non_causal(
         skip: Skip weights (k), float32 (float64 with float64 inputs), or None.
         out_dtype: dtype of the output; that of ``x`` if None.
         head_groups: Which group head j uses: ``"interleaved"`` j % g (VSSD), ``"blocked"`` j // (k / g) (Mamba-2).
-        backend: ``"compiled"``, ``"reference"``, or None for the best that can run: compiled on a CPU, elsewhere
-            PyTorch's own products. Only ``"reference"`` can be differentiated twice or in forward mode.
+        backend: ``"compiled"`` (on a CPU), ``"triton"`` (on a GPU), ``"reference"``, or None for the best that can
+            run; without kernels that is PyTorch's own products. Only ``"reference"`` can be differentiated twice or in
+            forward mode.
 
     Returns:
         The output (b, l, k, p).
@@ -71,9 +74,10 @@ def ssd_non_causal(
     blocked = check_head_groups(op, head_groups)
     out_dtype = checks.check_out_dtype(op, out_dtype, x)
     tensors = (x, weight, b_in, c_out, skip)
-    if _runs_reference(op, backend, x.device, accumulate, tensors):
+    operator = _operator(op, backend, x.device, accumulate, tensors)
+    if operator is None:
         return ssd_non_causal_reference(*tensors, blocked)[0].to(out_dtype)
-    out: Tensor = torch.ops.mmvmamba.ssd_non_causal(*tensors, blocked, out_dtype)[0]
+    out: Tensor = operator(*tensors, blocked, out_dtype)[0]
     return out
 
 
@@ -111,9 +115,10 @@ def ssd_state(
     accumulate = checks.check_dtypes(op, streams, {})
     blocked = check_head_groups(op, head_groups)
     tensors = (x, weight, b_in)
-    if _runs_reference(op, backend, x.device, accumulate, tensors):
+    operator = _operator(op, backend, x.device, accumulate, tensors)
+    if operator is None:
         return ssd_state_reference(*tensors, blocked)
-    state: Tensor = torch.ops.mmvmamba.ssd_state(*tensors, blocked)
+    state: Tensor = operator(*tensors, blocked)
     return state
 
 
@@ -153,9 +158,10 @@ def ssd_read(
     accumulate = checks.check_dtypes(op, streams, {})
     blocked = check_head_groups(op, head_groups)
     out_dtype = checks.check_out_dtype(op, out_dtype, c_out)
-    if _runs_reference(op, backend, state.device, accumulate, (state, c_out)):
+    operator = _operator(op, backend, state.device, accumulate, (state, c_out))
+    if operator is None:
         return ssd_read_reference(state, c_out, blocked).to(out_dtype)
-    out: Tensor = torch.ops.mmvmamba.ssd_read(state, c_out, blocked, out_dtype)
+    out: Tensor = operator(state, c_out, blocked, out_dtype)
     return out
 
 
@@ -175,12 +181,14 @@ def _check_inputs(op: str, x: Tensor, weight: Tensor | None, b_in: Tensor) -> No
         checks.check_shape(op, "weight", weight, "(b, l, k)", (b, length, k))
 
 
-def _runs_reference(
+def _operator(
     op: str, backend: str | None, device: torch.device, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]
-) -> bool:
-    """Return whether a call is PyTorch's own products: they are good wherever there is no compiled kernel."""
-    chosen = choose_backend(backend, device, dtype, cpu_only=True)
+) -> Any:
+    """Return the operator of the dispatcher that runs a call; None if PyTorch's own products do."""
+    chosen = choose_backend(backend, device, dtype, cuda_kernels=False)
     tangents = checks.carry_tangents(tensors)
-    if tangents and chosen == ("compiled", True):
+    if tangents and chosen.pinned and chosen.name != "reference":
         checks.refuse_forward_mode(op, chosen.name)
-    return tangents or chosen.name == "reference"
+    if tangents or chosen.name == "reference":
+        return None
+    return getattr(torch.ops.mmvmamba, op + operator_suffix(chosen, device))

@@ -1,7 +1,7 @@
 """The operators of the non-causal form: fake kernels, autograd, plain PyTorch fallback.
 
-The compiled kernels are in ``csrc/cpu/ssd.cpp``. ``mmvmamba::ssd_non_causal`` is ``ssd_state`` and ``ssd_read`` in one,
-whose backward makes one gradient of x.
+The compiled kernels are in ``csrc/cpu/ssd.cpp``, Triton's beside this file. ``mmvmamba::ssd_non_causal`` is
+``ssd_state`` and ``ssd_read`` in one, whose backward makes one gradient of x.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvmamba.ops.library import refuse_second_derivative, register_fallback
+from mmvmamba.ops.scan_operator import ScanParts, declare
 from mmvmamba.ops.ssd.heads import accumulation, by_group
 from mmvmamba.ops.ssd.reference import ssd_non_causal_reference, ssd_read_reference, ssd_state_reference
 
@@ -94,14 +94,6 @@ def _non_causal_backward(
     return _like(dx, x), _like(dweight, weight), _like(db, b_in), _like(dc, c_out), _like(dskip, skip)
 
 
-register_fallback("ssd_state", _state)
-register_fallback("ssd_state_backward", _state_backward)
-register_fallback("ssd_read", _read)
-register_fallback("ssd_read_backward", _read_backward)
-register_fallback("ssd_non_causal", _non_causal)
-register_fallback("ssd_non_causal_backward", _non_causal_backward)
-
-
 def fake_like(x: Tensor, value: _Optional) -> Tensor:
     """An empty tensor of the shape of ``value``; (0,) in the accumulation dtype of ``x`` for None."""
     return x.new_empty(0, dtype=accumulation(x.dtype)) if value is None else value.new_empty(value.shape)
@@ -112,37 +104,31 @@ def _state_shape(x: Tensor, b_in: Tensor) -> Tensor:
     return x.new_empty((b, k, b_in.shape[3], p), dtype=accumulation(x.dtype))
 
 
-@torch.library.register_fake("mmvmamba::ssd_state")
 def _fake_state(x: Tensor, weight: _Optional, b_in: Tensor, blocked: bool) -> Tensor:
     return _state_shape(x, b_in)
 
 
-@torch.library.register_fake("mmvmamba::ssd_state_backward")
 def _fake_state_backward(
     grad_state: Tensor, x: Tensor, weight: _Optional, b_in: Tensor, blocked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_like(x, x), fake_like(x, weight), fake_like(x, b_in)
 
 
-@torch.library.register_fake("mmvmamba::ssd_read")
 def _fake_read(state: Tensor, c_out: Tensor, blocked: bool, out_dtype: torch.dtype) -> Tensor:
     b, k, _, p = state.shape
     return state.new_empty((b, c_out.shape[1], k, p), dtype=out_dtype)
 
 
-@torch.library.register_fake("mmvmamba::ssd_read_backward")
 def _fake_read_backward(grad_out: Tensor, state: Tensor, c_out: Tensor, blocked: bool) -> tuple[Tensor, Tensor]:
     return fake_like(state, state), fake_like(state, c_out)
 
 
-@torch.library.register_fake("mmvmamba::ssd_non_causal")
 def _fake_non_causal(
     x: Tensor, weight: _Optional, b_in: Tensor, c_out: Tensor, skip: _Optional, blocked: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=out_dtype), _state_shape(x, b_in)
 
 
-@torch.library.register_fake("mmvmamba::ssd_non_causal_backward")
 def _fake_non_causal_backward(
     grad_out: Tensor, x: Tensor, weight: _Optional, b_in: Tensor, c_out: Tensor, skip: _Optional, blocked: bool,
     state: Tensor,
@@ -164,9 +150,9 @@ def _state_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _state_autograd(ctx: Any, grad_state: Tensor) -> tuple[Any, ...]:
+def _state_autograd(operator: Any, ctx: Any, grad_state: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    grads = torch.ops.mmvmamba.ssd_state_backward(grad_state, *tensors, ctx.blocked)
+    grads = operator(grad_state, *tensors, ctx.blocked)
     return (*_keep(ctx, grads, tensors), None)
 
 
@@ -175,9 +161,9 @@ def _read_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _read_autograd(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+def _read_autograd(operator: Any, ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    grads = torch.ops.mmvmamba.ssd_read_backward(grad_out, *tensors, ctx.blocked)
+    grads = operator(grad_out, *tensors, ctx.blocked)
     return (*_keep(ctx, grads, tensors), None, None)
 
 
@@ -188,16 +174,55 @@ def _non_causal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _non_causal_autograd(ctx: Any, grad_out: _Optional, _grad_state: None) -> tuple[Any, ...]:
+def _non_causal_autograd(operator: Any, ctx: Any, grad_out: _Optional, _grad_state: None) -> tuple[Any, ...]:
     *tensors, state = ctx.saved_tensors
     if grad_out is None:
         return (None,) * 7
-    grads = torch.ops.mmvmamba.ssd_non_causal_backward(grad_out, *tensors, ctx.blocked, state)
+    grads = operator(grad_out, *tensors, ctx.blocked, state)
     return (*_keep(ctx, grads, tuple(tensors)), None, None)
 
 
-torch.library.register_autograd("mmvmamba::ssd_state", _state_autograd, setup_context=_state_context)
-torch.library.register_autograd("mmvmamba::ssd_read", _read_autograd, setup_context=_read_context)
-torch.library.register_autograd("mmvmamba::ssd_non_causal", _non_causal_autograd, setup_context=_non_causal_context)
-for _name in ("ssd_state", "ssd_read", "ssd_non_causal"):
-    refuse_second_derivative(_name)
+# The weights are not among the streams: they are few, and autocast would save nothing by cutting them.
+_PARTS = {
+    "state": ScanParts(
+        forward=_state,
+        backward=_state_backward,
+        fake_forward=_fake_state,
+        fake_backward=_fake_state_backward,
+        setup_context=_state_context,
+        autograd=_state_autograd,
+        gradients=1,
+        streams=(0, 2),
+        package="ssd",
+        prefix="state_",
+        plain_is_good=True,
+    ),
+    "read": ScanParts(
+        forward=_read,
+        backward=_read_backward,
+        fake_forward=_fake_read,
+        fake_backward=_fake_read_backward,
+        setup_context=_read_context,
+        autograd=_read_autograd,
+        gradients=1,
+        streams=(1,),
+        package="ssd",
+        prefix="read_",
+        plain_is_good=True,
+    ),
+    "non_causal": ScanParts(
+        forward=_non_causal,
+        backward=_non_causal_backward,
+        fake_forward=_fake_non_causal,
+        fake_backward=_fake_non_causal_backward,
+        setup_context=_non_causal_context,
+        autograd=_non_causal_autograd,
+        gradients=1,
+        streams=(0, 2, 3),
+        package="ssd",
+        prefix="non_causal_",
+        plain_is_good=True,
+    ),
+}
+for _name, _parts in _PARTS.items():
+    declare(f"ssd_{_name}", _parts)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mmvmamba.ops.ssd.causal.operator  # noqa: F401  registers the dispatcher operator
 from mmvmamba.ops import checks
-from mmvmamba.ops.backends import choose_backend
+from mmvmamba.ops.backends import choose_backend, operator_suffix
 from mmvmamba.ops.ssd.checks import check_head_groups, check_projection, check_sizes
 from mmvmamba.ops.ssd.heads import HeadGroups
 from mmvmamba.ops.ssd.reference import CHUNK, ssd_chunked_reference
@@ -75,11 +75,12 @@ def ssd(
         initial_state: State before the first position (b, k, n, p), or None for zeros.
         return_last_state: Also return the state after the last position.
         chunk_size: Positions that the reference puts into one product; None for 64. The result is that of the
-            recurrence whatever it is, and the compiled backend has a size of its own.
+            recurrence whatever it is, and the kernels have a size of their own.
         out_dtype: dtype of the output; that of ``x`` if None.
         head_groups: Which group head j uses: ``"interleaved"`` j % g (VSSD), ``"blocked"`` j // (k / g) (Mamba-2).
-        backend: ``"compiled"``, ``"reference"``, or None for the best that can run: compiled on a CPU, elsewhere
-            PyTorch's own products. Only ``"reference"`` can be differentiated twice or in forward mode.
+        backend: ``"compiled"`` (on a CPU), ``"triton"`` (on a GPU), ``"reference"``, or None for the best that can
+            run; without kernels that is PyTorch's own products. Only ``"reference"`` can be differentiated twice or in
+            forward mode.
 
     Returns:
         The output (b, l, k, p), and with ``return_last_state`` also the state (b, k, n, p) in the precision of the
@@ -99,17 +100,18 @@ def ssd(
         checks.fail(_OP, "chunk_size", f"is {chunk_size!r}", "a positive int or None", "Leave it out.")
     blocked = check_head_groups(_OP, head_groups)
     out_dtype = checks.check_out_dtype(_OP, out_dtype, x)
-    chosen = choose_backend(backend, x.device, accumulate, cpu_only=True)
+    chosen = choose_backend(backend, x.device, accumulate, cuda_kernels=False)
     tensors = (x, dt, decay, b_in, c_out, skip, dt_bias, initial_state)
     tangents = checks.carry_tangents(tensors)
-    if tangents and chosen == ("compiled", True):
+    if tangents and chosen.pinned and chosen.name != "reference":
         checks.refuse_forward_mode(_OP, chosen.name)
     if tangents or chosen.name == "reference":
         out, last_state = ssd_chunked_reference(*tensors, dt_softplus, blocked, chunk_size or CHUNK)
         out = out.to(out_dtype)
     else:
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        out, last_state, _ = torch.ops.mmvmamba.ssd(*tensors, dt_softplus, blocked, out_dtype, save)
+        operator = getattr(torch.ops.mmvmamba, _OP + operator_suffix(chosen, x.device))
+        out, last_state, _ = operator(*tensors, dt_softplus, blocked, out_dtype, save)
     return (out, last_state) if return_last_state else out
 
 

@@ -1,4 +1,7 @@
-"""The operator ``mmvmamba::ssd``: fake kernels, autograd, plain PyTorch fallback. The kernels: ``csrc/cpu/ssd.cpp``."""
+"""The operator ``mmvmamba::ssd``: fake kernels, autograd, plain PyTorch fallback.
+
+The compiled kernels are in ``csrc/cpu/ssd.cpp``, Triton's beside this file.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmvmamba.errors import OpInputError
-from mmvmamba.ops.library import refuse_second_derivative, register_fallback
+from mmvmamba.ops.scan_operator import ScanParts, declare
 from mmvmamba.ops.selective_scan.reference import full_precision
 from mmvmamba.ops.ssd.heads import accumulation, per_head, sum_heads
 from mmvmamba.ops.ssd.operator import _keep, _like, fake_like
@@ -161,11 +164,6 @@ def _backward(
     return tuple(_like(nothing if grad is None else grad, v) for grad, v in zip(grads, inputs, strict=True))
 
 
-register_fallback("ssd", _forward)
-register_fallback("ssd_backward", _backward)
-
-
-@torch.library.register_fake("mmvmamba::ssd")
 def _fake_forward(
     x: Tensor, dt: Tensor, decay: Tensor, b_in: Tensor, c_out: Tensor, skip: _Optional, dt_bias: _Optional,
     initial_state: _Optional, dt_softplus: bool, blocked: bool, out_dtype: torch.dtype, save_carries: bool,
@@ -178,7 +176,6 @@ def _fake_forward(
     )
 
 
-@torch.library.register_fake("mmvmamba::ssd_backward")
 def _fake_backward(
     grad_out: _Optional, grad_last_state: _Optional, x: Tensor, dt: Tensor, decay: Tensor, b_in: Tensor, c_out: Tensor,
     skip: _Optional, dt_bias: _Optional, initial_state: _Optional, dt_softplus: bool, blocked: bool, carries: Tensor,
@@ -195,11 +192,26 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _autograd(ctx: Any, grad_out: _Optional, grad_last_state: _Optional, _grad_carries: None) -> tuple[Any, ...]:
+def _autograd(
+    operator: Any, ctx: Any, grad_out: _Optional, grad_last_state: _Optional, _grad_carries: None
+) -> tuple[Any, ...]:
     *tensors, carries = ctx.saved_tensors
-    grads = torch.ops.mmvmamba.ssd_backward(grad_out, grad_last_state, *tensors, ctx.dt_softplus, ctx.blocked, carries)
+    grads = operator(grad_out, grad_last_state, *tensors, ctx.dt_softplus, ctx.blocked, carries)
     return (*_keep(ctx, grads, tuple(tensors)), None, None, None, None)
 
 
-torch.library.register_autograd("mmvmamba::ssd", _autograd, setup_context=_context)
-refuse_second_derivative("ssd")
+declare(
+    "ssd",
+    ScanParts(
+        forward=_forward,
+        backward=_backward,
+        fake_forward=_fake_forward,
+        fake_backward=_fake_backward,
+        setup_context=_context,
+        autograd=_autograd,
+        gradients=2,
+        streams=(0, 3, 4),  # not the step sizes: they are few, and errors of theirs grow with the length
+        package="ssd.causal",
+        plain_is_good=True,
+    ),
+)
