@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import backbones, contestants, detectors, families, ops, table, upstream_path
+from benchmarks import backbones, contestants, detectors, families, operator_shares, ops, table, upstream_path
 from benchmarks.cases import BACKWARD, CORE, FORWARD, SCAN, SEQUENCE, Case, build_problem, expect, sampled_grad
 from benchmarks.contestants import Contestant
 from benchmarks.harness import Notes
@@ -226,6 +226,14 @@ def test_families_refuse_what_is_not_there(capsys: pytest.CaptureFixture[str]) -
     assert "--variants names tiny-s1l8, expected variants of mambaout: femto" in capsys.readouterr().err
     assert families.main(["--rounds", "0"]) == 2
     assert "--rounds is 0" in capsys.readouterr().err
+
+
+def test_operator_shares(capsys) -> None:
+    assert operator_shares.main(["mambaout", "nano", "--side", "64", "--runs", "1", "--top", "999"]) == 0
+    shares = [float(line.split()[-1].rstrip("%")) for line in capsys.readouterr().out.splitlines()]
+    assert len(shares) > 5 and sum(shares) == pytest.approx(100, abs=5)
+    assert operator_shares.main(["mambaout", "micro"]) == 2
+    assert "mambaout has no micro, expected variants among femto" in capsys.readouterr().err
 
 
 @requires_extension()
