@@ -1,7 +1,7 @@
 """What every backbone needs and no paper is about, written once.
 
 Output selection and norms, freezing, gradient checkpointing, input checks, loading of pretrained weights and
-layer depths. It never runs a stage: a family file reads top to bottom without it.
+layer depths, and the walk over the stages. What a stem or a block does is in the family's file alone.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import dataclasses
 import inspect
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from mmengine.logging import print_log
@@ -47,8 +47,8 @@ class BaseBackbone(BaseModule):
     """Bookkeeping shared by all hierarchical backbones.
 
     A subclass builds its stem and ``self.layers`` (one module per stage, with a ``blocks`` child), calls
-    ``add_out_norms`` and ``freeze`` at the end of its constructor, and uses ``check_input``, ``run_block`` and
-    ``collect`` in ``forward``.
+    ``add_out_norms`` and ``freeze`` at the end of its constructor, and uses ``check_input`` and ``run_stages`` in
+    ``forward``.
 
     Args:
         in_channels: Channels of the image.
@@ -137,6 +137,22 @@ class BaseBackbone(BaseModule):
         if self.with_cp and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
+
+    def run_stages(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps (b, c_i, h_i, w_i) of ``out_indices`` from the tokens of the stem ``x`` (b, h, w, c).
+
+        What is behind the last of them is not run.
+        """
+        outs = []
+        for i, layer in enumerate(cast("Iterable[Stage]", self.layers)):
+            for block in layer.blocks:
+                x = self.run_block(block, x)
+            if i in self.out_indices:
+                outs.append(self.collect(i, x))
+            if i == self.out_indices[-1]:
+                break
+            x = layer.downsample(x)
+        return tuple(outs)
 
     def collect(self, stage: int, x: Tensor) -> Tensor:
         """Return the output (b, c, h, w), contiguous and normed, of a stage whose map ``x`` is (b, h, w, c)."""

@@ -310,17 +310,7 @@ class EfficientVMamba(BaseBackbone):
             OpInputError: If the image has another number of channels, an integer dtype or an empty side.
         """
         self.check_input(image)
-        x = self.patch_embed(image)
-        outs = []
-        for i, (blocks, downsample) in enumerate((layer.blocks, layer.downsample) for layer in self.layers):
-            for block in blocks:  # type: ignore[union-attr]  # a Sequential, by way of a module's attribute
-                x = self.run_block(block, x)
-            if i in self.out_indices:
-                outs.append(self.collect(i, x))
-            if i == self.out_indices[-1]:
-                break
-            x = downsample(x)  # type: ignore[operator]
-        return tuple(outs)
+        return self.run_stages(self.patch_embed(image))
 
 
 def _depthwise(channels: int, bias: bool) -> ChannelsLastConv2d:

@@ -262,17 +262,7 @@ class MambaOut(BaseBackbone):
             OpInputError: If the image has another number of channels, an integer dtype or an empty side.
         """
         self.check_input(image)
-        x = self.patch_embed(image)
-        outs = []
-        for i, layer in enumerate(self.layers):
-            for block in layer.get_submodule("blocks").children():
-                x = self.run_block(block, x)
-            if i in self.out_indices:
-                outs.append(self.collect(i, x))
-            if i == self.out_indices[-1]:
-                break
-            x = layer.get_submodule("downsample")(x)
-        return tuple(outs)
+        return self.run_stages(self.patch_embed(image))
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that are trained without weight decay: all with one dimension."""

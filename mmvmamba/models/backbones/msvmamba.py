@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -402,14 +402,4 @@ class MSVMamba(BaseBackbone):
             OpInputError: If the image has another number of channels, an integer dtype or an empty side.
         """
         self.check_input(image)
-        x = self.patch_embed(image)
-        outs = []
-        for i, layer in enumerate(cast("list[Stage]", self.layers)):
-            for block in layer.blocks:
-                x = self.run_block(block, x)
-            if i in self.out_indices:
-                outs.append(self.collect(i, x))
-            if i == self.out_indices[-1]:
-                break
-            x = layer.downsample(x)
-        return tuple(outs)
+        return self.run_stages(self.patch_embed(image))

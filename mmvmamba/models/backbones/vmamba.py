@@ -297,17 +297,7 @@ class VMamba(BaseBackbone):
         x = self.patch_embed(image)
         if self.pos_embed is not None and self.use_pos_embed:
             x = x + _resize(self.pos_embed, x.shape[1], x.shape[2]).permute(0, 2, 3, 1)
-        outs = []
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Stage)  # for the type checker
-            for block in layer.blocks:
-                x = self.run_block(block, x)
-            if i in self.out_indices:
-                outs.append(self.collect(i, x))
-            if i == self.out_indices[-1]:
-                break
-            x = layer.downsample(x)
-        return tuple(outs)
+        return self.run_stages(x)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that are trained without weight decay, the position embedding included."""

@@ -10,8 +10,8 @@ the causal and bidirectional scans of upstream's ablations are not here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -412,17 +412,7 @@ class VSSD(BaseBackbone):
             OpInputError: If the image has another number of channels, an integer dtype or an empty side.
         """
         self.check_input(image)
-        x = self.pos_drop(self.patch_embed(image))
-        outs = []
-        for i, layer in enumerate(cast("Iterable[Stage]", self.layers)):
-            for block in layer.blocks:
-                x = self.run_block(block, x)
-            if i in self.out_indices:
-                outs.append(self.collect(i, x))
-            if i == self.out_indices[-1]:
-                break
-            x = layer.downsample(x)
-        return tuple(outs)
+        return self.run_stages(self.pos_drop(self.patch_embed(image)))
 
 
 def _check_sizes(inner: int, num_heads: int, groups: int, d_state: int) -> None:
