@@ -32,6 +32,7 @@ from mmvmamba.converters.hierarchical import (
     widths,
     without,
 )
+from mmvmamba.converters.vssm import HEAD_OF_CLASSIFIER, head_rules
 from mmvmamba.errors import CheckpointMismatch, ConfigError
 from mmvmamba.models.backbones.efficientvmamba import ARCHS, SCAN_STAGES, EfficientVMamba, EfficientVMambaArch
 
@@ -144,7 +145,6 @@ _INVERTED = rf"(?:conv_(?:pw|dw|pw2)\.(?:0\.weight|1\.{AFFINE})|se\.conv_(?:redu
 _DOWNSAMPLE = rf"(?:norm\.{_PLAIN}|reduction\.weight|[13]\.{_PLAIN})"
 #: What follows a block's name in the vectors that have as many entries as the stage has channels.
 _WIDTH = r"(?:norm|conv_pw2\.1)\.weight"
-_HEAD_OF_CLASSIFIER = r"(?:classifier\.(?:norm|head)|norm|head)\..*"
 
 #: Names shared by both forms, once flat stages have blocks and a downsampling.
 _TRUNK = (
@@ -215,26 +215,18 @@ def _with_flat_names(state_dict: Mapping[str, Tensor]) -> StateDict:
 def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
     state_dict = _with_nested_names(state_dict)
     if form == "backbone":
-        drop = (_HEAD_OF_CLASSIFIER,) if stages else ()
+        drop = (HEAD_OF_CLASSIFIER,) if stages else ()
         rules = (*_TRUNK, *_OLD_TRUNK, OUT_NORM)
         return fill_out_norms(rename(state_dict, rules, "an EfficientVMamba feature extractor", drop), stages, _WIDTH)
     refuse_out_norms(form, stages)
-    trunk = rename(without(state_dict, _HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "an EfficientVMamba classifier")
-    head_rules = _head_rules(num_stages(trunk, "EfficientVMamba") - 1)
-    head = rename(only(state_dict, _HEAD_OF_CLASSIFIER), head_rules, "the head of an EfficientVMamba classifier")
+    trunk = rename(without(state_dict, HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "an EfficientVMamba classifier")
+    of_head = head_rules(num_stages(trunk, "EfficientVMamba") - 1, _PLAIN)
+    head = rename(only(state_dict, HEAD_OF_CLASSIFIER), of_head, "the head of an EfficientVMamba classifier")
     return {**{f"backbone.{name}": value for name, value in trunk.items()}, **head}
 
 
-def _head_rules(last: int) -> tuple[Rule, Rule]:
-    """Return the rules of the classification head, whose norm is the out norm of stage ``last`` here."""
-    return (
-        Rule(rf"(?:classifier\.)?norm\.({_PLAIN})", rf"backbone.outnorm{last}.\1"),
-        Rule(r"(?:classifier\.)?head\.(weight|bias)", r"head.fc.\1"),
-    )
-
-
 def _knows(form: str, name: str) -> bool:
-    own = _head_rules(0) if form == "classifier" else (OUT_NORM,)
+    own = head_rules(0, _PLAIN) if form == "classifier" else (OUT_NORM,)
     return known_to((*_TRUNK, *_OLD_TRUNK, *own), _nested(name))
 
 
@@ -262,7 +254,7 @@ CONVERTER = Converter(
     title="EfficientVMamba",
     released=_RELEASED,
     mark=r"layers\.\d+\.blocks\.\d+\.se\.global_reduce\.weight",
-    head=_HEAD_OF_CLASSIFIER,
+    head=HEAD_OF_CLASSIFIER,
     knows=_knows,
     sketch=lambda trunk: sketch(trunk, _WIDTH),
     sketches={name: in_words(ARCHS[name].depths, ARCHS[name].dims) for name in _RELEASED},

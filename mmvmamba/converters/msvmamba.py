@@ -33,6 +33,15 @@ from mmvmamba.converters.hierarchical import (
     widths,
     without,
 )
+from mmvmamba.converters.vssm import (
+    ACTIVATIONS,
+    DOWNSAMPLES,
+    HEAD_OF_CLASSIFIER,
+    NORMS,
+    PATCH_EMBEDS,
+    SSM_INITS,
+    head_rules,
+)
 from mmvmamba.errors import ConfigError
 from mmvmamba.models.backbones.msvmamba import ARCHS, MSVMamba, MSVMambaArch
 
@@ -40,11 +49,6 @@ FORMS = ("v1_classifier", "v1_backbone", "v3_classifier", "v3_backbone", "classi
 
 # ---------------------------------------------------------------- constructor arguments -> our options
 
-_NORMS = {"ln": "layer_norm", "ln2d": "layer_norm", "bn": "batch_norm"}
-_PATCH_EMBEDS = {"v1": "patchify", "v2": "overlapping"}
-_DOWNSAMPLES = {"v1": "patch_merging", "v2": "conv2x2", "v3": "conv3x3", "none": "none"}
-_SSM_INITS = {"v0": "mamba", "v1": "random", "v2": "zero"}
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "sigmoid": "sigmoid"}
 _MULTI_SCALE = "multiscale_4scan_12"
 #: Scan of the full map and scans of the half map by ``full_res_index`` of v3.
 _V3_ROUTES = {
@@ -115,9 +119,9 @@ def _upstream_v1(
             drop_path_rate=drop_path_rate,
             generation="v1",
             patch_embed=translate(  # type: ignore[arg-type]  # a Literal as a str, here and below
-                "patchembed_version", patchembed_version, _PATCH_EMBEDS
+                "patchembed_version", patchembed_version, PATCH_EMBEDS
             ),
-            downsample=translate("downsample_version", downsample_version, _DOWNSAMPLES),  # type: ignore[arg-type]
+            downsample=translate("downsample_version", downsample_version, DOWNSAMPLES),  # type: ignore[arg-type]
             squeeze_excite=bool(add_se),
             **_scan_options(ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_act_layer, ssm_conv, ssm_conv_bias, ssm_drop_rate),
             **_ffn_options(convFFN, 2.0, ffn_dropout, mlp_ratio, mlp_act_layer, mlp_drop_rate),
@@ -171,7 +175,7 @@ def _upstream_v3(
     if full_res_index not in _V3_ROUTES:
         _only_official("full_res_index", full_res_index, 1, "upstream merges the parts of 3 and 4 wrongly")
     full_route, half_routes = _V3_ROUTES[full_res_index]
-    channels_first = translate("norm_layer", norm_layer, _NORMS) == "batch_norm" or str(norm_layer).lower() == "ln2d"
+    channels_first = translate("norm_layer", norm_layer, NORMS) == "batch_norm" or str(norm_layer).lower() == "ln2d"
     return dict(
         arch=MSVMambaArch(
             dims=widths(dims, len(depths)),
@@ -180,10 +184,10 @@ def _upstream_v3(
             generation="v3",
             full_route=full_route,  # type: ignore[arg-type]  # a Literal as a str, here and below
             half_routes=half_routes,  # type: ignore[arg-type]
-            ssm_init=translate("ssm_init", ssm_init, _SSM_INITS),  # type: ignore[arg-type]
-            norm=translate("norm_layer", norm_layer, _NORMS),  # type: ignore[arg-type]
-            patch_embed=translate("patchembed_version", patchembed_version, _PATCH_EMBEDS),  # type: ignore[arg-type]
-            downsample=translate("downsample_version", downsample_version, _DOWNSAMPLES),  # type: ignore[arg-type]
+            ssm_init=translate("ssm_init", ssm_init, SSM_INITS),  # type: ignore[arg-type]
+            norm=translate("norm_layer", norm_layer, NORMS),  # type: ignore[arg-type]
+            patch_embed=translate("patchembed_version", patchembed_version, PATCH_EMBEDS),  # type: ignore[arg-type]
+            downsample=translate("downsample_version", downsample_version, DOWNSAMPLES),  # type: ignore[arg-type]
             squeeze_excite=bool(add_se),
             # Of the channel-first models only: upstream wrote that path's feed-forward part apart.
             ffn_post_norm=bool(convffn) and channels_first,
@@ -209,7 +213,7 @@ def _scan_options(
         d_state=d_state,
         ssm_ratio=ratio,
         dt_rank=None if dt_rank == "auto" else dt_rank,
-        ssm_act=translate("ssm_act_layer", act, _ACTIVATIONS),
+        ssm_act=translate("ssm_act_layer", act, ACTIVATIONS),
         conv_kernel=conv,
         conv_bias=conv_bias,
         ssm_dropout=dropout,
@@ -222,7 +226,7 @@ def _ffn_options(
     if conv_ffn:
         return dict(ffn="conv", ffn_ratio=conv_ratio, ffn_dropout=conv_dropout)
     if mlp_ratio > 0:
-        act = translate("mlp_act_layer", mlp_act, _ACTIVATIONS)
+        act = translate("mlp_act_layer", mlp_act, ACTIVATIONS)
         return dict(ffn="mlp", ffn_ratio=mlp_ratio, ffn_act=act, ffn_dropout=mlp_dropout)
     return dict(ffn="none")
 
@@ -341,7 +345,6 @@ _OLD_TRUNK = (
     Rule(rf"({BLOCK})ln_1\.({AFFINE})", r"\1norm.\2"),
     Rule(rf"({BLOCK})self_attention\.((?:out_norm\.(?:weight|bias))|{_OP})", r"\1op.\2"),
 )
-_HEAD_OF_CLASSIFIER = r"(?:classifier\.(?:norm|head)|norm|head)\..*"
 _PARAMETERS = ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds", "out_norm", "se")
 _OP_ORDERS = {
     "v1": (*_PARAMETERS, "in_proj", "conv2d", "conv2d_b1", "out_proj"),
@@ -353,27 +356,19 @@ _DOWNSAMPLE_ORDER = ("reduction", "norm")
 
 def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
     if form.endswith("backbone"):
-        drop = (_HEAD_OF_CLASSIFIER,) if stages else ()
+        drop = (HEAD_OF_CLASSIFIER,) if stages else ()
         ours = rename(state_dict, (*_TRUNK, *_OLD_TRUNK, OUT_NORM), "an MSVMamba feature extractor", drop)
         head_norm = {name.rsplit(".", 1)[1] for name in state_dict if re.match(r"(?:classifier\.)?norm\.", name)}
         return fill_out_norms(ours, stages, _WIDTH, sorted(head_norm) or ("bias", "weight"))
     refuse_out_norms(form, stages)
-    trunk = rename(without(state_dict, _HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "an MSVMamba classifier")
+    trunk = rename(without(state_dict, HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "an MSVMamba classifier")
     last = num_stages(trunk, "MSVMamba") - 1
-    head = rename(only(state_dict, _HEAD_OF_CLASSIFIER), _head_rules(last), "the head of an MSVMamba classifier")
+    head = rename(only(state_dict, HEAD_OF_CLASSIFIER), head_rules(last), "the head of an MSVMamba classifier")
     return {**{f"backbone.{name}": value for name, value in trunk.items()}, **head}
 
 
-def _head_rules(last: int) -> tuple[Rule, Rule]:
-    """Return the rules of the classification head, whose norm is the out norm of stage ``last`` here."""
-    return (
-        Rule(rf"(?:classifier\.)?norm\.({AFFINE})", rf"backbone.outnorm{last}.\1"),
-        Rule(r"(?:classifier\.)?head\.(weight|bias)", r"head.fc.\1"),
-    )
-
-
 def _knows(form: str, name: str) -> bool:
-    own = _head_rules(0) if form.endswith("classifier") else (OUT_NORM,)
+    own = head_rules(0) if form.endswith("classifier") else (OUT_NORM,)
     return known_to((*_TRUNK, *_OLD_TRUNK, *own), name)
 
 
@@ -410,7 +405,7 @@ CONVERTER = Converter(
     title="MSVMamba",
     released=_RELEASED,
     mark=r"layers\.\d+\.blocks\.\d+\.(?:op|self_attention)\.conv2d_b1\.weight",
-    head=_HEAD_OF_CLASSIFIER,
+    head=HEAD_OF_CLASSIFIER,
     knows=_knows,
     sketch=lambda trunk: sketch(trunk, _WIDTH),
     sketches={name: in_words(ARCHS[name].depths, ARCHS[name].dims) for name in _RELEASED},

@@ -28,6 +28,15 @@ from mmvmamba.converters.hierarchical import (
     widths,
     without,
 )
+from mmvmamba.converters.vssm import (
+    ACTIVATIONS,
+    DOWNSAMPLES,
+    HEAD_OF_CLASSIFIER,
+    NORMS,
+    PATCH_EMBEDS,
+    SSM_INITS,
+    head_rules,
+)
 from mmvmamba.errors import ConfigError, nearest_spelling
 from mmvmamba.models.backbones.vmamba import ARCHS, VMamba, VMambaArch
 
@@ -57,11 +66,6 @@ _FORWARD_TYPE = re.compile(
     r"(?P<base>[a-z0-9]+)(?P<out_norm>_on(?:none|dwconv3|cnorm|softmax|sigmoid))?"
     r"(?P<nozact>_nozact)?(?P<noz>_noz)?(?P<oact>_oact)?(?P<no32>_no32)?"
 )
-_NORMS = {"ln": "layer_norm", "ln2d": "layer_norm", "bn": "batch_norm"}
-_PATCH_EMBEDS = {"v1": "patchify", "v2": "overlapping"}
-_DOWNSAMPLES = {"v1": "patch_merging", "v2": "conv2x2", "v3": "conv3x3", "none": "none"}
-_SSM_INITS = {"v0": "mamba", "v1": "random", "v2": "zero"}
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "sigmoid": "sigmoid"}
 
 
 def _upstream_vssm(
@@ -101,18 +105,18 @@ def _upstream_vssm(
         d_state=ssm_d_state,
         ssm_ratio=ssm_ratio,
         dt_rank=None if ssm_dt_rank == "auto" else ssm_dt_rank,
-        ssm_act=translate("ssm_act_layer", ssm_act_layer, _ACTIVATIONS),
+        ssm_act=translate("ssm_act_layer", ssm_act_layer, ACTIVATIONS),
         conv_kernel=ssm_conv,
         conv_bias=ssm_conv_bias,
         ssm_dropout=ssm_drop_rate,
-        ssm_init=translate("ssm_init", ssm_init, _SSM_INITS),
+        ssm_init=translate("ssm_init", ssm_init, SSM_INITS),
         mlp_ratio=mlp_ratio,
-        mlp_act=translate("mlp_act_layer", mlp_act_layer, _ACTIVATIONS),
+        mlp_act=translate("mlp_act_layer", mlp_act_layer, ACTIVATIONS),
         mlp_dropout=mlp_drop_rate,
         gated_mlp=gmlp,
-        norm=translate("norm_layer", norm_layer, _NORMS),
-        patch_embed=translate("patchembed_version", patchembed_version, _PATCH_EMBEDS),
-        downsample=translate("downsample_version", downsample_version, _DOWNSAMPLES),
+        norm=translate("norm_layer", norm_layer, NORMS),
+        patch_embed=translate("patchembed_version", patchembed_version, PATCH_EMBEDS),
+        downsample=translate("downsample_version", downsample_version, DOWNSAMPLES),
     )
     if ssm_ratio > 0:
         arch |= parse_forward_type(forward_type)
@@ -237,36 +241,27 @@ _PARAMETERS = ("x_proj_weight", "A_logs", "Ds", "dt_projs_weight", "dt_projs_bia
 _OP_ORDER = (*_PARAMETERS, "out_norm", "in_proj", "conv2d", "out_proj")
 _VANILLA_OP_ORDER = (*_PARAMETERS, "in_proj", "conv2d", "out_norm", "out_proj")
 _DOWNSAMPLE_ORDER = ("reduction", "norm")
-_HEAD_OF_CLASSIFIER = r"(?:classifier\.(?:norm|head)|norm|head)\..*"
 
 
 def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
     if form == "backbone":
-        drop = (_HEAD_OF_CLASSIFIER,) if stages else ()
+        drop = (HEAD_OF_CLASSIFIER,) if stages else ()
         ours = rename(state_dict, (*_TRUNK, *_OLD_TRUNK, OUT_NORM), "a VMamba feature extractor", drop)
         head_norm = {name.rsplit(".", 1)[1] for name in state_dict if re.match(r"(?:classifier\.)?norm\.", name)}
         return fill_out_norms(ours, stages, _WIDTH, sorted(head_norm) or ("bias", "weight"))
     refuse_out_norms(form, stages)
-    trunk = rename(without(state_dict, _HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "a VMamba classifier")
+    trunk = rename(without(state_dict, HEAD_OF_CLASSIFIER), (*_TRUNK, *_OLD_TRUNK), "a VMamba classifier")
     last = num_stages(trunk, "VMamba") - 1
     head = rename(
-        only(state_dict, _HEAD_OF_CLASSIFIER),
-        _head_rules(last),
+        only(state_dict, HEAD_OF_CLASSIFIER),
+        head_rules(last),
         "the head of a VMamba classifier",
     )
     return {**{f"backbone.{name}": value for name, value in trunk.items()}, **head}
 
 
-def _head_rules(last: int) -> tuple[Rule, Rule]:
-    """Return the rules of the classification head, whose norm is the out norm of stage ``last`` here."""
-    return (
-        Rule(rf"(?:classifier\.)?norm\.({AFFINE})", rf"backbone.outnorm{last}.\1"),
-        Rule(r"(?:classifier\.)?head\.(weight|bias)", r"head.fc.\1"),
-    )
-
-
 def _knows(form: str, name: str) -> bool:
-    own = _head_rules(0) if form == "classifier" else (OUT_NORM,)
+    own = head_rules(0) if form == "classifier" else (OUT_NORM,)
     return known_to((*_TRUNK, *_OLD_TRUNK, *own), name)
 
 
@@ -302,7 +297,7 @@ CONVERTER = Converter(
     title="VMamba",
     released=_RELEASED,
     mark=r"layers\.\d+\.blocks\.\d+\.(?:op|self_attention)\.A_logs",
-    head=_HEAD_OF_CLASSIFIER,
+    head=HEAD_OF_CLASSIFIER,
     knows=_knows,
     sketch=lambda trunk: sketch(trunk, _WIDTH),
     sketches={name: in_words(ARCHS[name].depths, ARCHS[name].dims) for name in _RELEASED},
