@@ -44,15 +44,16 @@ class Stage(nn.Module):
 
 
 class BaseBackbone(BaseModule):
-    """Bookkeeping shared by all hierarchical backbones.
+    """Bookkeeping shared by all backbones.
 
     A subclass builds its stem and ``self.layers`` (one module per stage, with a ``blocks`` child), calls
     ``add_out_norms`` and ``freeze`` at the end of its constructor, and uses ``check_input`` and ``run_stages`` in
-    ``forward``.
+    ``forward``. One whose stages are no such walk says otherwise in ``parts_of_stage``, ``unused_parts``,
+    ``get_layer_depth`` and, where the sizes of its maps differ, ``stage_channels`` and ``stage_strides``.
 
     Args:
         in_channels: Channels of the image.
-        depths: Blocks of every stage.
+        depths: Blocks of every stage; as many stages as numbers.
         out_indices: Stages whose output is returned, in rising order.
         frozen_stages: -1 trains everything, 0 freezes the stem, i freezes the stem and the first i stages.
         norm_eval: Whether batch norms keep their running statistics while training.
@@ -67,7 +68,10 @@ class BaseBackbone(BaseModule):
 
     #: Names of the stem's modules and parameters, frozen by ``frozen_stages >= 0``.
     stem_names: tuple[str, ...] = ("patch_embed",)
+    #: Pixels of the image per cell of the stem's map, along a side.
+    stem_stride = 4
 
+    arch: Any
     layers: nn.ModuleList
     init_cfg: dict | list[dict] | None
 
@@ -93,6 +97,16 @@ class BaseBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels of every stage's map, which a neck wants as ``in_channels`` for ``out_indices``."""
+        return tuple(self.arch.dims)
+
+    @property
+    def stage_strides(self) -> tuple[int, ...]:
+        """Pixels of the image per cell of every stage's map, along a side."""
+        return tuple(self.stem_stride * 2**stage for stage in range(len(self.depths)))
 
     @classmethod
     def reject_unknown(cls, unknown: Mapping[str, object]) -> None:
@@ -159,18 +173,25 @@ class BaseBackbone(BaseModule):
         norm = getattr(self, f"outnorm{stage}", None)
         return (x if norm is None else norm(x)).permute(0, 3, 1, 2).contiguous()
 
-    def freeze(self) -> None:
-        """Turn off gradients and training mode of what ``frozen_stages`` names, and gradients of unused parts.
+    def parts_of_stage(self, stage: int) -> list[nn.Module]:
+        """Return what ``frozen_stages > stage`` freezes besides the stem and earlier stages; here also its out norm."""
+        norm = getattr(self, f"outnorm{stage}", None)
+        return [self.layers[stage], *([] if norm is None else [norm])]
 
-        Unused are the downsampling after the last of ``out_indices`` and all later stages: distributed training
-        waits for the gradient of every parameter that wants one. Their names stay in the state dict.
-        """
+    def unused_parts(self) -> list[nn.Module]:
+        """Return what no output depends on: here the downsampling after the last output stage, and later stages."""
         last = self.out_indices[-1]
-        for layer in self.layers[last + 1 :]:
-            layer.requires_grad_(False)
-        for name, child in self.layers[last].named_children():
-            if name != "blocks":
-                child.requires_grad_(False)
+        behind = [child for name, child in self.layers[last].named_children() if name != "blocks"]
+        return [*behind, *self.layers[last + 1 :]]
+
+    def freeze(self) -> None:
+        """Turn off gradients and training mode of what ``frozen_stages`` names, and gradients of ``unused_parts``.
+
+        Distributed training waits for the gradient of every parameter that wants one. The names of unused parts stay
+        in the state dict.
+        """
+        for module in self.unused_parts():
+            module.requires_grad_(False)
         if self.frozen_stages < 0:
             return
         frozen: list[nn.Module] = []
@@ -181,10 +202,7 @@ class BaseBackbone(BaseModule):
             elif part is not None:
                 frozen.append(part)
         for stage in range(self.frozen_stages):
-            frozen.append(self.layers[stage])
-            norm = getattr(self, f"outnorm{stage}", None)
-            if norm is not None:
-                frozen.append(norm)
+            frozen += self.parts_of_stage(stage)
         for module in frozen:
             module.eval()
             module.requires_grad_(False)
