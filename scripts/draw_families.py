@@ -53,7 +53,7 @@ def picture(drawing: Drawing) -> str:
         title_width = 6.2 * max(len(line) for line in panel.title.split("\n"))
         x += max(width, title_width) + GAP
         bottom = max(bottom, MARGIN + 2 * LINE + height)
-    right = x - GAP
+    right: float = x - GAP
     top = bottom + LINE
     for label, steps in drawing.block:
         parts.append(_text(MARGIN, top + LINE, label, size=12, weight="bold"))
