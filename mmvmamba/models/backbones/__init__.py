@@ -4,6 +4,7 @@ from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
+from mmvmamba.models.backbones.plainmamba import PlainMamba, PlainMambaArch
 from mmvmamba.models.backbones.vim import Vim, VimArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 from mmvmamba.models.backbones.vssd import VSSD, VSSDArch
@@ -15,6 +16,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
     "mambaout": MambaOut,
+    "plainmamba": PlainMamba,
 }
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "MSVMambaArch",
     "MambaOut",
     "MambaOutArch",
+    "PlainMamba",
+    "PlainMambaArch",
     "VMamba",
     "VMambaArch",
     "VSSDArch",

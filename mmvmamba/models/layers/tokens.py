@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmvmamba.models.layers.rope import Rotation
+from mmvmamba.models.layers.snake import SnakeWalks
 
 
 class TokenLayout(NamedTuple):
@@ -23,12 +24,14 @@ class TokenLayout(NamedTuple):
         columns: Columns of patches.
         extra: Rising positions in the sequence of the tokens that are no patches; all others are patches, row by row.
         rotation: Cosines and sines of every patch, see ``rope.py``, or None.
+        walks: Walks over the grid, see ``snake.py``, or None.
     """
 
     rows: int
     columns: int
     extra: tuple[int, ...] = ()
     rotation: Rotation | None = None
+    walks: SnakeWalks | None = None
 
 
 def insert_tokens(patches: Tensor, extra: Tensor, at: tuple[int, ...]) -> Tensor:
