@@ -1,4 +1,4 @@
-"""ShuffleMamba: constructor arguments and checkpoints of huangzizheng01/ShuffleMamba, under Mamba-Reg's and Vim's names.
+"""ShuffleMamba: constructor arguments and checkpoints of huangzizheng01/ShuffleMamba.
 
 ``models_shuffle.VisionMamba`` is form ``"classifier"``, ``models_reg.VisionMamba`` form ``"classifier_reg"``,
 ``models_openmm.Backbone_VideoMamba`` form ``"backbone"`` and ``models_openmm.Mamba_Adapter`` form ``"adapter"``.
@@ -31,7 +31,7 @@ from mmvmamba.converters.hierarchical import (
     without,
 )
 from mmvmamba.errors import CheckpointMismatch, ConfigError
-from mmvmamba.models.backbones.shufflemamba import ARCHS, ShuffleMamba, ShuffleMambaArch
+from mmvmamba.models.backbones.shufflemamba import ARCHS, ShuffleMamba, ShuffleMambaArch, Tokens
 from mmvmamba.models.heads import build_register_cls_head
 from mmvmamba.models.layers.shuffle import GivenShuffle
 
@@ -159,7 +159,7 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
     if form == "backbone":
         registers = kwargs["num_cls_tokens"] if with_registers else 0
         # A classifier's function gives its trunk as it is; upstream's feature extractor has no tokens but the patches.
-        place = None if function is not None else "none"
+        place: Tokens | None = None if function is not None else "none"
         return ShuffleMamba(
             **_upstream_trunk(kwargs, registers), out_indices=kwargs.get("out_indices"), cls_token=place
         )
@@ -196,15 +196,16 @@ def _build_classifier(backbone: ShuffleMamba, kwargs: Mapping[str, Any], registe
 
 def _build_adapter(kwargs: Mapping[str, Any]) -> nn.Module:
     from mmvmamba.models.adapters import ViTAdapter
+    from mmvmamba.models.adapters.vit_adapter import TrunkFeatures
 
     trunk = ShuffleMamba(
         **_upstream_trunk(kwargs, 0),
-        cls_token="none",
+        cls_token="none",  # noqa: S106 (no password)
         last_feature="hidden",
-        final_norm=False,  # noqa: S106
+        final_norm=False,
     )
     options = {ours: kwargs[theirs] for theirs, ours in _OF_ADAPTER.items() if theirs in kwargs}
-    features = "each" if kwargs.get("add_vit_feature", True) else "none"
+    features: TrunkFeatures = "each" if kwargs.get("add_vit_feature", True) else "none"
     extra = 2 if kwargs.get("use_extra_extractor", True) else 0
     return ViTAdapter(trunk, trunk_features=features, extra_extractors=extra, **options)
 

@@ -1,8 +1,8 @@
 """ShuffleMamba-B, 300 epochs on ImageNet-1k: mmpretrain's Swin recipe with upstream's numbers, 8 GPUs x 128 images.
 
-Upstream trains with 2048 images and a learning rate of 2e-3, which is this one by the linear rule: ``--auto-scale-lr`` on
-16 GPUs gives it. Mixup, CutMix, RandAugment, erasing, smoothing and the moving average are upstream's, and so is that
-every image comes three times in a row to different GPUs (repeated augmentation).
+Upstream trains with 2048 images and a learning rate of 2e-3, which is this one by the linear rule: ``--auto-scale-lr``
+on 16 GPUs gives it. Mixup, CutMix, RandAugment, erasing, smoothing, clipping, warm-up and the moving average are
+upstream's, and so is that an image comes three times in a row, each to another GPU (repeated augmentation).
 """
 
 _base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"

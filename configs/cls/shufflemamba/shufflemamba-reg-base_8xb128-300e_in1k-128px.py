@@ -1,4 +1,4 @@
-"""ShuffleMamba-Reg-B, the first of upstream's three trainings: 300 epochs on ImageNet-1k at 128x128, 8 GPUs x 128 images.
+"""ShuffleMamba-Reg-B, the first of upstream's three trainings: 300 epochs on ImageNet-1k at 128x128.
 
 The others start from its result: ``shufflemamba-reg-base_8xb128-100e_in1k.py``, then ``..._8xb128_in1k.py``. Learning
 rate, weight decay, stochastic depth and augmentation are upstream's; warm-up, clipping, mixup and what else is not told

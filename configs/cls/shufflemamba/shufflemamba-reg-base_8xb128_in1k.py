@@ -1,8 +1,9 @@
-"""ShuffleMamba-Reg-B, the last of upstream's three trainings: 20 epochs on ImageNet-1k at 224x224, 8 GPUs x 128 images.
+"""ShuffleMamba-Reg-B, the last of upstream's three trainings: 20 epochs on ImageNet-1k at 224x224.
 
-It starts from the result of the second: ``--cfg-options load_from=work_dirs/.../epoch_100.pth``. Upstream has 512 images
-in a batch and a learning rate of 1e-5, which is this one by the linear rule. Tests are at 224 without margin. RandAugment
-and erasing are the recipe's, for which upstream leaves ThreeAugment here.
+It starts from the result of the second: ``--cfg-options load_from=work_dirs/.../epoch_100.pth``. Upstream has 512
+images in a batch and a learning rate of 1e-5, which is this one by the linear rule. Weight decay, stochastic depth,
+smoothing and tests at 224 without margin are upstream's; the augmentation of this part is not told, and is that of the
+model without registers.
 """
 
 _base_ = "./shufflemamba-base_8xb128_in1k.py"

@@ -174,7 +174,7 @@ class ShuffleMamba(TwoStreamBackbone):
 
     @property
     def _has_registers(self) -> bool:
-        return self.arch.num_registers > 0 and self.cls_token_place != "none"
+        return self.arch.num_registers > 0 and self.cls_token_place != "none"  # noqa: S105 (no password)
 
     def add_tokens(self, grid: tuple[int, int]) -> None:
         """Register class token or registers, and the position embedding for a ``grid`` (rows, columns).
@@ -228,7 +228,7 @@ class ShuffleMamba(TwoStreamBackbone):
             if not self._has_registers:
                 super().fit_tokens(state_dict, prefix)
             return
-        if self.cls_token_place == "none" and token.ndim == own.ndim and token.shape[2] == own.shape[2]:
+        if self.cls_token is None and token.ndim == own.ndim and token.shape[2] == own.shape[2]:
             del state_dict[prefix + "cls_token"], state_dict[prefix + "pos_embed_cls"]
         elif not self._has_registers:
             return
@@ -250,7 +250,7 @@ def _checked_tokens(tokens: str | None, registers: int) -> str:
     check_choice("cls_token", chosen, TOKENS)
     if chosen != "none" and (chosen == "spread") != (registers > 0):
         raise ConfigError(
-            f"cls_token is {chosen!r} with num_registers={registers} in arch, expected {own!r} or 'none'. Leave it out, "
-            "or choose another arch."
+            f"cls_token is {chosen!r} with num_registers={registers} in arch, expected {own!r} or 'none'. Leave it "
+            "out, or choose another arch."
         )
     return "first" if chosen == "spread" else chosen

@@ -1,4 +1,4 @@
-"""ShuffleMamba restated in float64 from the facts, under upstream's names: one token at a time, nothing shared with ours.
+"""ShuffleMamba restated in float64 from the facts, under upstream's names: token by token, nothing shared with ours.
 
 Source: arXiv 2408.17081 and the fact sheet ``../shared/zoo/shufflemamba.md``; the original code has no licence and
 nothing here is from it.
