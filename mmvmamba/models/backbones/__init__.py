@@ -5,6 +5,7 @@ from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, Efficient
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
 from mmvmamba.models.backbones.plainmamba import PlainMamba, PlainMambaArch
+from mmvmamba.models.backbones.shufflemamba import ShuffleMamba, ShuffleMambaArch
 from mmvmamba.models.backbones.vim import Vim, VimArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 from mmvmamba.models.backbones.vssd import VSSD, VSSDArch
@@ -17,6 +18,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "vssd": VSSD,
     "mambaout": MambaOut,
     "plainmamba": PlainMamba,
+    "shufflemamba": ShuffleMamba,
 }
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "MambaOutArch",
     "PlainMamba",
     "PlainMambaArch",
+    "ShuffleMamba",
+    "ShuffleMambaArch",
     "VMamba",
     "VMambaArch",
     "VSSDArch",

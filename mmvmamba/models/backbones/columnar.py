@@ -107,7 +107,7 @@ class ColumnarBackbone(BaseBackbone):
         ConfigError: If an option is impossible or contradicts another.
     """
 
-    stem_names = ("patch_embed", "pos_embed", "cls_token")
+    stem_names: tuple[str, ...] = ("patch_embed", "pos_embed", "cls_token")
     #: Where the class token of a checkpoint stands whose model here has none; names and shapes do not tell.
     stored_cls_token: ClassToken = "first"  # noqa: S105 (no password)
     #: What ``out_type`` may be.

@@ -6,7 +6,7 @@ Upstream: huangzizheng01/ShuffleMamba, models_shuffle.py. Difference: with rate 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,3 +60,42 @@ def in_order(function: Callable[[Tensor], Tensor], x: Tensor, permutation: Tenso
     if permutation is None:
         return function(x)
     return function(x.index_select(1, permutation)).index_select(1, permutation.argsort())
+
+
+class GivenShuffle(LayerShuffle):
+    """Shuffles every layer of a training step by a given permutation, to repeat a step that was recorded elsewhere.
+
+    To be put in the place of a backbone's ``shuffle``. Nothing is drawn; in evaluation mode nothing is shuffled.
+
+    Args:
+        permutations: One per layer, of all its tokens; None leaves a layer's in their order.
+
+    Raises:
+        ConfigError: If one is no permutation; when called, if there are more or fewer tokens.
+    """
+
+    def __init__(self, permutations: Sequence[Sequence[int] | None]) -> None:
+        super().__init__(0.0, len(permutations))
+        self._layers = len(permutations)
+        for layer, permutation in enumerate(permutations):
+            if permutation is not None and sorted(permutation) != list(range(len(permutation))):
+                raise ConfigError(
+                    f"permutations[{layer}] is {list(permutation)!r}, expected every number from 0 to "
+                    f"{len(permutation) - 1} once. Correct it."
+                )
+            value = None if permutation is None else torch.tensor(permutation, dtype=torch.int64)
+            self.register_buffer(f"layer{layer}", value, persistent=False)
+
+    def draw(self, layer: int, tokens: Tensor) -> Tensor | None:
+        """Return the permutation (l,), int64, given for a layer with ``tokens`` (b, l, d), or None for their order."""
+        permutation: Tensor | None = getattr(self, f"layer{layer}") if self.training and layer < self._layers else None
+        if permutation is not None and len(permutation) != tokens.shape[1]:
+            raise ConfigError(
+                f"permutations[{layer}] is of {len(permutation)} tokens, expected {tokens.shape[1]}, as many as enter "
+                "the layer. Give it an image of the recorded size."
+            )
+        return permutation
+
+    def extra_repr(self) -> str:
+        """Show that nothing is drawn in ``print(model)``."""
+        return f"given for {self._layers} layers"
