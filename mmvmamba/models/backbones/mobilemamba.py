@@ -29,8 +29,10 @@ from mmvmamba.models.layers import (
     MobileMerging,
     MobileStem,
     ResidualDepthwise,
+    convolve_depthwise,
     drop_path_schedule,
 )
+from mmvmamba.models.layers.conv_bn import with_parameters
 from mmvmamba.models.layers.depthwise import convolve_depthwise_by
 from mmvmamba.models.layers.wavelet import SQUARE, analyse, by_band, by_pixel, haar_filters, pad_to_even, synthesise
 from mmvmamba.ops import ScanOrder
@@ -139,11 +141,14 @@ class BidirectionalSS2D(SS2D):
         ssm_ratio: Inner channels as a multiple of ``channels``.
     """
 
+    # The base class calls them; what looks into them asks for their class first.
+    in_proj: ConvBN  # type: ignore[assignment]
+    out_proj: ConvBN  # type: ignore[assignment]
+
     def __init__(self, channels: int, ssm_ratio: float) -> None:
         super().__init__(channels, d_state=1, ssm_ratio=ssm_ratio, scan_orders=_SCAN_ORDERS, ssm_init="zero")
-        # The base class calls them; what looks into them asks for their class first.
-        self.in_proj = ConvBN(channels, 2 * self.inner)  # type: ignore[assignment]
-        self.out_proj = ConvBN(self.inner, channels)  # type: ignore[assignment]
+        self.in_proj = ConvBN(channels, 2 * self.inner)
+        self.out_proj = ConvBN(self.inner, channels)
 
 
 class WaveletScan(nn.Module):
@@ -158,6 +163,8 @@ class WaveletScan(nn.Module):
     def __init__(self, channels: int, kernel_size: int, ssm_ratio: float) -> None:
         super().__init__()
         bands = SQUARE * channels
+        #: Whether scales are parts of weights and all of these in the order of maps: the deployment form.
+        self.folded = False
         # Official files hold filters, and no optimizer is to change them.
         self.wt_filter = nn.Parameter(haar_filters(channels), requires_grad=False)
         self.iwt_filter = nn.Parameter(haar_filters(channels), requires_grad=False)
@@ -169,12 +176,25 @@ class WaveletScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
         _, h, w, c = x.shape
+        if self.folded:
+            bands = convolve_depthwise(self.conv, analyse(pad_to_even(x), self.wt_filter).flatten(3))
+            return self.scan(x) + synthesise(bands.unflatten(3, (SQUARE, c)), self.iwt_filter)[:, :h, :w]
         bands = analyse(pad_to_even(x), by_pixel(self.wt_filter)).flatten(3)
         # The scale of a band is that of its kernel, which has fewer numbers than the map.
-        kernels = by_band(self.conv.weight * self.scale.view(-1, 1, 1, 1))
-        bands = convolve_depthwise_by(kernels, bands).unflatten(3, (SQUARE, c))
-        details = synthesise(bands, by_pixel(self.iwt_filter))[:, :h, :w]
+        bands = convolve_depthwise_by(by_band(self.conv.weight * self.scale.view(-1, 1, 1, 1)), bands)
+        details = synthesise(bands.unflatten(3, (SQUARE, c)), by_pixel(self.iwt_filter))[:, :h, :w]
         return self.scan(x) * self.base_scale.flatten() + details
+
+    @torch.no_grad()
+    def fold_batch_norms(self) -> None:
+        """Make both scales parts of weights, in the order of maps. For `mmvmamba.models.deploy` alone."""
+        self.conv.weight = nn.Parameter(by_band(self.conv.weight * self.scale.view(-1, 1, 1, 1)), requires_grad=False)
+        self.wt_filter = nn.Parameter(by_pixel(self.wt_filter), requires_grad=False)
+        self.iwt_filter = nn.Parameter(by_pixel(self.iwt_filter), requires_grad=False)
+        out, scale = self.scan.out_proj.conv, self.base_scale.flatten()
+        with_parameters(out, out.weight * scale.view(-1, 1, 1, 1), out.bias * scale)
+        del self.scale, self.base_scale
+        self.folded = True
 
 
 class MultiReceptiveMixer(nn.Module):

@@ -41,21 +41,18 @@ def analyse(x: Tensor, filters: Tensor) -> Tensor:
     """Return the bands (b, h / 2, w / 2, 4, c) of a map ``x`` (b, h, w, c) with even sides."""
     b, h, w, c = x.shape
     squares = x.reshape(b, h // 2, 2, w // 2, 2, c)
-    bands: Tensor | None = None
+    pixels = [squares[:, :, i, :, j].unsqueeze(3) for i in (0, 1) for j in (0, 1)]
     # A sum of four maps: a grouped convolution of these few channels each is three times as slow.
-    for pixel in range(SQUARE):
-        part = squares[:, :, pixel // 2, :, pixel % 2].unsqueeze(3)
-        bands = part * filters[:, pixel] if bands is None else torch.addcmul(bands, part, filters[:, pixel])
-    assert bands is not None  # there are four pixels
+    bands = pixels[0] * filters[:, 0]
+    for i in range(1, SQUARE):
+        bands = torch.addcmul(bands, pixels[i], filters[:, i])
     return bands
 
 
 def synthesise(bands: Tensor, filters: Tensor) -> Tensor:
     """Return the map (b, 2 h, 2 w, c) of ``bands`` (b, h, w, 4, c), by the transpose of `analyse`."""
     b, h, w, _, c = bands.shape
-    squares: Tensor | None = None
-    for n in range(SQUARE):
-        part = bands[:, :, :, n : n + 1]
-        squares = part * filters[n] if squares is None else torch.addcmul(squares, part, filters[n])
-    assert squares is not None  # there are four bands
+    squares = bands[:, :, :, :1] * filters[0]
+    for n in range(1, SQUARE):
+        squares = torch.addcmul(squares, bands[:, :, :, n : n + 1], filters[n])
     return squares.view(b, h, w, 2, 2, c).transpose(2, 3).reshape(b, 2 * h, 2 * w, c)
