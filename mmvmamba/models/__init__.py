@@ -14,5 +14,10 @@ __all__ = [
     "build_mambaout_cls_head",
     "build_register_cls_head",
     "build_windowed_encoder_decoder",
+from mmvmamba.models.deploy import fold_batch_norms
+from mmvmamba.models.heads import build_mambaout_cls_head, build_mobilemamba_cls_head
+
+    "build_mobilemamba_cls_head",
+    "fold_batch_norms",
 ]
 __all__ += backbones.__all__

@@ -3,6 +3,7 @@
 from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
+from mmvmamba.models.backbones.mobilemamba import MobileMamba, MobileMambaArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
 from mmvmamba.models.backbones.plainmamba import PlainMamba, PlainMambaArch
 from mmvmamba.models.backbones.shufflemamba import ShuffleMamba, ShuffleMambaArch
@@ -19,6 +20,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "mambaout": MambaOut,
     "plainmamba": PlainMamba,
     "shufflemamba": ShuffleMamba,
+    "mobilemamba": MobileMamba,
 }
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "MSVMambaArch",
     "MambaOut",
     "MambaOutArch",
+    "MobileMamba",
+    "MobileMambaArch",
     "PlainMamba",
     "PlainMambaArch",
     "ShuffleMamba",
