@@ -1,6 +1,7 @@
 """The backbone families, one file each. ``FAMILIES`` is the list of them: everything else in the house goes by it."""
 
 from mmvmamba.models.backbones.base import BaseBackbone
+from mmvmamba.models.backbones.efficientvim import EfficientViM, EfficientViMArch
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
@@ -14,6 +15,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
     "mambaout": MambaOut,
+    "efficientvim": EfficientViM,
 }
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "VSSD",
     "EfficientVMamba",
     "EfficientVMambaArch",
+    "EfficientViM",
+    "EfficientViMArch",
     "MSVMamba",
     "MSVMambaArch",
     "MambaOut",
