@@ -186,7 +186,13 @@ _HEAD_TO_UPSTREAM = (
     Rule(r"head\.fused(_dist)?\.weights", r"weights\1"),
     Rule(r"head\.fused(_dist)?\.heads\.(\d+\.(?:weight|bias))", r"heads\1.\2"),
 )
-_ORDER = ("weights", "weights_dist", "patch_embed", "stages", "norm", "heads", "heads_dist")
+#: Parts of upstream's names in an order that is right at every level.
+_ORDER = (
+    *("weights", "weights_dist", "patch_embed", "stages", "blocks", "downsample", "alpha", "mixer"),
+    *("A", "D", "BCdt_proj", "dw", "hz_proj", "out_proj", "conv", "norm", "dwconv1", "dwconv2", "ffn", "fc1", "fc2"),
+    *("heads", "heads_dist", "weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+)
+_RANKS = {part: rank for rank, part in enumerate(_ORDER)}
 
 
 def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
@@ -198,10 +204,14 @@ def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
     else:
         rules = [*(Rule(rf"backbone\.{rule.pattern}", rule.target) for rule in _TO_UPSTREAM), *_HEAD_TO_UPSTREAM]
         renamed = rename(state_dict, rules, "our EfficientViM classifier")
-    ranks = {name: rank for rank, name in enumerate(_ORDER)}
-    ordered = sorted(renamed, key=lambda name: ranks.get(name.split(".")[0], len(_ORDER)))
+    ordered = sorted(renamed, key=_place)
     last = max((int(m[1]) for m in (re.match(r"norm\.(\d+)\.", name) for name in renamed) if m), default=-1)
     return {name: _shaped(name, renamed[name], last) for name in ordered}
+
+
+def _place(name: str) -> tuple[int, ...]:
+    """Return where an entry of upstream stands: what to sort by."""
+    return tuple(int(part) if part.isdigit() else _RANKS.get(part, len(_RANKS)) for part in name.split("."))
 
 
 def _flat(state_dict: Mapping[str, Tensor]) -> StateDict:

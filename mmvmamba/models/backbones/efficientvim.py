@@ -97,8 +97,8 @@ class HiddenStateMixer(nn.Module):
     gate and output projection act on the states, of which there are fewer than tokens; every token reads them.
 
     Upstream quirks, kept because weights depend on them: a depthwise convolution without norm and activation is behind
-    the projection to B, C and time steps; the skip D is one number. ``A`` is added to the time steps of all tokens, which
-    the softmax takes out again: it has no influence, and its gradient is zero.
+    the projection to B, C and time steps; the skip D is one number. ``A`` is added to the time steps of all tokens,
+    which the softmax takes out again: it has no influence, and its gradient is zero.
 
     Args:
         channels: Channels c of input and output.
@@ -203,9 +203,8 @@ class EfficientViM(BaseBackbone):
         arch: Name of a variant (a key of ``ARCHS``) or a dict with the fields of ``EfficientViMArch``.
         in_channels: Channels of the image.
         out_indices: Stages whose output is returned, in rising order.
-        out_type: What is returned: ``"featmap"`` the maps of these stages; ``"hidden_states"`` the hidden states (b, n, c)
-            of their last blocks, and behind them the map of the last of these stages, as ``EfficientViMClsHead`` wants
-            it.
+        out_type: What is returned: ``"featmap"`` the maps of these stages; ``"hidden_states"`` the hidden states of
+            their last blocks, and behind them the map of the last of these stages, as ``EfficientViMClsHead`` wants it.
         drop_path_rate: Stochastic depth of the last block; None takes the variant's own, which is 0.
         frozen_stages, norm_eval, with_cp, init_cfg: See ``BaseBackbone``.
 

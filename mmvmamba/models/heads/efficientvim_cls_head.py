@@ -24,14 +24,14 @@ from mmvmamba.registry import MODELS
 def build_efficientvim_cls_head(
     num_classes: int, in_channels: Sequence[int], distillation: bool = False, **settings: Any
 ) -> BaseModule:
-    """Build a head of an ``ImageClassifier`` of MMPretrain without neck, for ``EfficientViM(out_type="hidden_states")``.
+    """Build a head of MMPretrain's ``ImageClassifier`` without neck, for ``EfficientViM(out_type="hidden_states")``.
 
     Every hidden state is normed over its channels and averaged over the states, the last map over its pixels; each has
     a linear map, and a softmax of four numbers says how much it counts.
 
     With ``distillation`` there are two such sets of linear maps, one trained on labels and one on what a teacher says.
     In evaluation the scores are their mean, in training the call returns both. There is no teacher here: ``loss`` is
-    the mean of the losses of both on the labels, which fine-tunes a distilled checkpoint but does not repeat its recipe.
+    the mean of the losses of both on the labels, which fine-tunes a distilled checkpoint but is not its recipe.
 
     Args:
         num_classes: Number of classes.
@@ -79,6 +79,30 @@ class FusedHeads(nn.Module):
         return weight, torch.stack([share * head.bias.double() for share, head in pairs]).sum(0)
 
 
+class FoldedHeads(nn.Module):
+    """One linear map that does what the mean of several sets of linear maps does.
+
+    Args:
+        parts: The sets.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parts: Sequence[FusedHeads]) -> None:
+        super().__init__()
+        weights, biases = zip(*(part.as_linear() for part in parts), strict=True)
+        weight, bias = torch.stack(weights).mean(0), torch.stack(biases).mean(0)
+        old = parts[0].weights
+        self.fc = Linear(weight.shape[1], weight.shape[0], device=old.device, dtype=old.dtype)
+        self.fc.weight.copy_(weight)
+        self.fc.bias.copy_(bias)
+        self.requires_grad_(False)
+
+    def forward(self, feats: Sequence[Tensor]) -> Tensor:
+        """Map vectors (b, c_i) to scores (b, classes)."""
+        out: Tensor = self.fc(torch.cat(tuple(feats), dim=1))
+        return out
+
+
 @functools.cache
 def _head_class() -> type[BaseModule]:
     from mmpretrain.models.heads import ClsHead
@@ -91,17 +115,15 @@ def _head_class() -> type[BaseModule]:
             self.num_classes, self.in_channels, self.distillation = num_classes, tuple(in_channels), distillation
             widths = [*in_channels, in_channels[-1]]
             self.norm = nn.ModuleList(LayerNorm(width) for width in widths)
-            self.fused = FusedHeads(widths, num_classes)
+            self.fused: nn.Module = FusedHeads(widths, num_classes)
             self.fused_dist = FusedHeads(widths, num_classes) if distillation else None
-            #: What replaces all linear maps in the deployment form.
-            self.fc: Linear | None = None
 
         def no_weight_decay(self) -> set[str]:
             """Return the parameters of its own that a recipe must not pull towards zero: the logits of the fusion."""
             return {"fused.weights"} | ({"fused_dist.weights"} if self.distillation else set())
 
         def pre_logits(self, feats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            """Return a vector (b, c_i) for every hidden state (b, n_i, c_i) and for the map (b, c, h, w) behind them."""
+            """Return a vector (b, c_i) of every hidden state (b, n_i, c_i) and of the map (b, c, h, w) behind them."""
             *states, last = feats
             tokens = [*states, last.flatten(2).transpose(1, 2)]
             return tuple(norm(x).mean(1) for norm, x in zip(self.norm, tokens, strict=True))
@@ -109,16 +131,14 @@ def _head_class() -> type[BaseModule]:
         def forward(self, feats: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
             """Return the scores (b, classes); with distillation in training those of both sets of linear maps."""
             vectors = self.pre_logits(feats)
-            if self.fc is not None:
-                return self.fc(torch.cat(vectors, dim=1))
-            scores = self.fused(vectors)
+            scores: Tensor = self.fused(vectors)
             if self.fused_dist is None:
                 return scores
             of_teacher = self.fused_dist(vectors)
             return (scores, of_teacher) if self.training else (scores + of_teacher) / 2
 
         def loss(self, feats: tuple[Tensor, ...], data_samples: list[Any], **settings: Any) -> dict[str, Tensor]:
-            """Return the loss on the labels, of two sets of linear maps half each; accuracies are those of the first."""
+            """Return the loss on the labels, half of each set of linear maps; accuracies are those of the first."""
             scores = self(feats)
             if isinstance(scores, Tensor):
                 return self._get_loss(scores, data_samples, **settings)
@@ -128,13 +148,7 @@ def _head_class() -> type[BaseModule]:
 
         def fold_batch_norms(self) -> None:
             """Make one linear map of all. For `mmvmamba.models.deploy` alone."""
-            parts = [part.as_linear() for part in (self.fused, self.fused_dist) if part is not None]
-            weight, bias = (torch.stack(each).mean(0) for each in zip(*parts, strict=True))
-            old = self.fused.heads[0].weight
-            self.fc = Linear(weight.shape[1], weight.shape[0], device=old.device, dtype=old.dtype)
-            with torch.no_grad():
-                self.fc.weight.copy_(weight)
-                self.fc.bias.copy_(bias)
-            self.fused = self.fused_dist = None
+            self.fused = FoldedHeads([part for part in (self.fused, self.fused_dist) if isinstance(part, FusedHeads)])
+            self.fused_dist = None
 
     return EfficientViMClsHead
