@@ -19,5 +19,8 @@ from mmvmamba.models.heads import build_mambaout_cls_head, build_mobilemamba_cls
 
     "build_mobilemamba_cls_head",
     "fold_batch_norms",
+from mmvmamba.models.heads import build_efficientvim_cls_head, build_mambaout_cls_head
+
+    "build_efficientvim_cls_head",
 ]
 __all__ += backbones.__all__

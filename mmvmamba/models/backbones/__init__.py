@@ -1,6 +1,7 @@
 """The backbone families, one file each. ``FAMILIES`` is the list of them: everything else in the house goes by it."""
 
 from mmvmamba.models.backbones.base import BaseBackbone
+from mmvmamba.models.backbones.efficientvim import EfficientViM, EfficientViMArch
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.mobilemamba import MobileMamba, MobileMambaArch
@@ -21,6 +22,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "plainmamba": PlainMamba,
     "shufflemamba": ShuffleMamba,
     "mobilemamba": MobileMamba,
+    "efficientvim": EfficientViM,
 }
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "VSSD",
     "EfficientVMamba",
     "EfficientVMambaArch",
+    "EfficientViM",
+    "EfficientViMArch",
     "MSVMamba",
     "MSVMambaArch",
     "MambaOut",

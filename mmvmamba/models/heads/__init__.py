@@ -1,5 +1,6 @@
 """Heads of classifiers that MMPretrain lacks; MMPretrain is imported when one is built."""
 
+from mmvmamba.models.heads.efficientvim_cls_head import build_efficientvim_cls_head
 from mmvmamba.models.heads.mambaout_cls_head import build_mambaout_cls_head
 from mmvmamba.models.heads.register_cls_head import build_register_cls_head
 
@@ -7,3 +8,4 @@ __all__ = ["build_mambaout_cls_head", "build_register_cls_head"]
 from mmvmamba.models.heads.mobilemamba_cls_head import build_mobilemamba_cls_head
 
 __all__ = ["build_mambaout_cls_head", "build_mobilemamba_cls_head"]
+__all__ = ["build_efficientvim_cls_head", "build_mambaout_cls_head"]
