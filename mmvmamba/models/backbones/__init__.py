@@ -2,6 +2,7 @@
 
 from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
+from mmvmamba.models.backbones.hrvmamba import HRVMamba, HRVMambaArch
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
@@ -14,6 +15,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
     "mambaout": MambaOut,
+    "hrvmamba": HRVMamba,
 }
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "VSSD",
     "EfficientVMamba",
     "EfficientVMambaArch",
+    "HRVMamba",
+    "HRVMambaArch",
     "MSVMamba",
     "MSVMambaArch",
     "MambaOut",
