@@ -26,6 +26,8 @@ KEY_LISTS = sorted(DATA.glob("*/*.keys.json.gz"))
 BOUNDS = {"vmamba": (3e-5, 3e-4)}
 OTHER_BOUNDS = (1e-4, 1e-3)
 GRAD_NORM_BOUND = 1e-3
+#: family -> parameters whose true gradient is zero by the fact sheet: what upstream recorded is rounding noise.
+WITHOUT_GRADIENT = {"efficientvim": r".*mixer\.A"}
 
 
 def _name(path):
@@ -45,7 +47,7 @@ def _flatten(output):
 
 
 def _needs(meta):
-    if meta["form"].endswith("classifier"):
+    if "classifier" in meta["form"]:
         pytest.importorskip("mmpretrain", reason="classifiers are MMPretrain models")
 
 
@@ -74,7 +76,7 @@ def test_data_is_there():
 def _taken(meta, state):
     """Return the entries that the form takes: a feature extractor of ours has no head, where upstream has but one."""
     head = load_converter(meta["family"]).head
-    if meta["form"].endswith("classifier"):
+    if "classifier" in meta["form"]:
         return state
     return {name: value for name, value in state.items() if not re.fullmatch(head, name)}
 
@@ -87,7 +89,8 @@ def test_case(path, backend):
     data = np.load(path)
     family, form = meta["family"], meta["form"]
     state = {key[3:]: _tensor(data[key]) for key in data.files if key.startswith("sd:")}
-    model = from_upstream(family, form, meta["kwargs"]).eval()
+    # A recorded training pass has its permutations in the arguments.
+    model = from_upstream(family, form, meta["kwargs"]).train("permutations" in meta["kwargs"])
     converted = convert_state_dict(family, form, state)
     model.load_state_dict(converted, strict=True)
     left_out = sum(state[name].numel() for name in set(state) - set(_taken(meta, state)))
@@ -106,8 +109,10 @@ def test_case(path, backend):
 
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = {name: float(grad.norm()) for name, grad in to_upstream_state_dict(family, form, grads).items()}
-    assert set(norms) == set(meta["grad_norms"])
-    error_norms = {name: abs(norms[name] - want) / want for name, want in meta["grad_norms"].items()}
+    noise = WITHOUT_GRADIENT.get(family, "(?!)")
+    expected = {name: want for name, want in meta["grad_norms"].items() if not re.fullmatch(noise, name)}
+    assert {name for name in norms if not re.fullmatch(noise, name)} == set(expected)
+    error_norms = {name: abs(norms[name] - want) / want for name, want in expected.items()}
     wrong = {name: error for name, error in error_norms.items() if not error <= GRAD_NORM_BOUND}
     assert not wrong
     worst = max(error_norms.values())

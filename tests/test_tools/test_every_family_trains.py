@@ -32,7 +32,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _options(task: str, family: str, data: Path, batch_size: int) -> dict[str, object]:
     """Return what is overridden in the digits config of a task: backbone, widths behind it, length and data."""
-    dims = list(FAMILIES[family]("nano").arch.dims)
+    nano = FAMILIES[family]("nano")
+    dims = [nano.stage_channels[i] for i in nano.out_indices]
     if task == "det":
         widths: dict[str, object] = {"model.neck.in_channels": dims}
         widths |= {f"{split}_evaluator.ann_file": data / "annotations/instances_val.json" for split in ("val", "test")}

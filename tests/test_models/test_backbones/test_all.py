@@ -1,6 +1,7 @@
 """What every registered backbone promises; a new family is tested by being registered (with an arch ``nano``)."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -15,7 +16,7 @@ from mmengine.model.weight_init import PretrainedInit
 from mmvmamba.converters.base import load_converter
 from mmvmamba.errors import CheckpointMismatch, ConfigError, OpInputError
 from mmvmamba.models.backbones import FAMILIES
-from mmvmamba.models.backbones.base import BaseBackbone, Block
+from mmvmamba.models.backbones.base import BaseBackbone, Block, Stage
 from mmvmamba.models.layers import BatchNorm
 from mmvmamba.registry import MODELS
 
@@ -31,8 +32,38 @@ def _with_batch_norms(backbone, **options):
     return model if any(isinstance(module, BatchNorm) for module in model.modules()) else None
 
 
+@functools.cache
+def _stages(backbone):
+    """Return the number of stages of ``nano``."""
+    return len(backbone("nano").depths)
+
+
+def _last_norm(backbone):
+    """Return the out norm of the last stage, or None where the family has none."""
+    return getattr(backbone("nano"), f"outnorm{_stages(backbone) - 1}", None)
+
+
+def _part(model, name):
+    """Return ``"stem"`` or the number of the stage that a parameter belongs to, or None."""
+    first, second = (*name.split("."), "")[:2]
+    if first in model.stem_names:
+        return "stem"
+    if first == "layers":
+        return int(second)
+    if re.fullmatch(r"outnorm\d+", first):
+        return int(first.removeprefix("outnorm"))
+    mine = model.get_parameter(name)
+    owners = (i for i in range(len(model.depths)) for part in model.parts_of_stage(i)
+              if any(mine is parameter for parameter in part.parameters()))  # fmt: skip
+    return next(owners, None)
+
+
 BATCH_NORMED = [backbone for backbone in BACKBONES if _with_batch_norms(backbone) is not None]
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES, ids=lambda cls: cls.__name__)
+HIERARCHICAL = [backbone for backbone in BACKBONES if any(isinstance(m, Stage) for m in backbone("nano").modules())]
+OUT_NORMED = [backbone for backbone in BACKBONES if _last_norm(backbone) is not None]
+every_hierarchical = pytest.mark.parametrize("backbone", HIERARCHICAL, ids=lambda cls: cls.__name__)
+every_out_normed = pytest.mark.parametrize("backbone", OUT_NORMED, ids=lambda cls: cls.__name__)
 every_batch_normed = pytest.mark.parametrize("backbone", BATCH_NORMED, ids=lambda cls: cls.__name__)
 
 
@@ -43,7 +74,8 @@ def _image(height, width, batch=1):
 def test_the_list_of_families_is_the_registry():
     registered = [cls for cls in MODELS.module_dict.values() if isinstance(cls, type) and issubclass(cls, BaseBackbone)]
     assert set(registered) == set(BACKBONES) and FAMILIES["vmamba"].__name__ == "VMamba"
-    assert {"VMamba"} <= {cls.__name__ for cls in BATCH_NORMED}
+    for some in (BATCH_NORMED, HIERARCHICAL, OUT_NORMED):
+        assert {"VMamba"} <= {cls.__name__ for cls in some}
 
 
 @every_backbone
@@ -52,15 +84,19 @@ def test_shapes_and_backward(backbone, size):
     model = backbone("nano").train()
     outs = model(_image(*size, batch=2))
     assert isinstance(outs, tuple)
+    strides = [model.stage_strides[i] for i in model.out_indices]
+    channels = [model.stage_channels[i] for i in model.out_indices]
+    assert [out.shape[:2] for out in outs] == [(2, c) for c in channels]
     # A stem rounds up, or, of patches that do not overlap, down; what follows rounds up.
-    stems = [tuple(math.ceil(side / 4) for side in size), tuple(max(side // 4, 1) for side in size)]
-    assert outs[0].shape[2:] in stems
-    for i, out in enumerate(outs):
-        assert out.shape[2:] == tuple(math.ceil(side / 2**i) for side in outs[0].shape[2:])
+    sides = [[math.ceil(side / strides[0]), max(side // strides[0], 1)] for side in size]
+    assert all(found in possible for found, possible in zip(outs[0].shape[2:], sides, strict=True))
+    for out, stride in zip(outs, strides, strict=True):
+        assert out.shape[2:] == tuple(math.ceil(side * strides[0] / stride) for side in outs[0].shape[2:])
         assert out.is_contiguous()
     sum(out.pow(2).mean() for out in outs).backward()
-    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not missing
+    wanting = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+    missing = [name for name, grad in wanting if grad is None or not grad.isfinite().all()]
+    assert wanting and not missing
 
 
 @every_backbone
@@ -72,20 +108,26 @@ def test_parameters_are_contiguous(backbone):
 
 
 @every_backbone
-@pytest.mark.parametrize("out_indices", [(0,), (3,), (1, 2), [0, 3]], ids=str)
-def test_out_indices_select(backbone, out_indices):
-    every = backbone("nano").eval()
+@pytest.mark.parametrize("which", ["first", "last", "inner", "ends as a list"])
+def test_out_indices_select(backbone, which):
+    n = _stages(backbone)
+    out_indices = {"first": (0,), "last": (n - 1,), "inner": (1, 2)[: n - 1], "ends as a list": [0, n - 1]}[which]
+    every = backbone("nano", out_indices=tuple(range(n))).eval()
     some = backbone("nano", out_indices=out_indices).eval()
-    some.load_state_dict(every.state_dict(), strict=False)
+    taken = some.load_state_dict(every.state_dict(), strict=False)
+    assert not taken.missing_keys
     image = _image(40, 56)
     for i, out in zip(out_indices, some(image), strict=True):
         torch.testing.assert_close(out, every(image)[i], rtol=0, atol=0)
 
 
 @every_backbone
-@pytest.mark.parametrize("out_indices", [(), (4,), (-1,), (1, 1), (2, 1), (0.0,), "0", None], ids=str)
+@pytest.mark.parametrize("out_indices", [(), ("n",), (-1,), (1, 1), (2, 1), (0.0,), "0", None], ids=str)
 def test_bad_out_indices(backbone, out_indices):
-    with pytest.raises(ConfigError, match=r"out_indices is .*expected distinct stages from 0 to 3"):
+    n = _stages(backbone)
+    if out_indices == ("n",):
+        out_indices = (n,)
+    with pytest.raises(ConfigError, match=rf"out_indices is .*expected distinct \w+ from 0 to {n - 1}"):
         backbone("nano", out_indices=out_indices)
 
 
@@ -95,14 +137,23 @@ def test_bad_arguments(backbone):
         backbone("nanoo")
     with pytest.raises(ConfigError, match=r"unknown argument 'out_indexes'.*Did you mean 'out_indices'\?"):
         backbone("nano", out_indexes=(0,))
-    with pytest.raises(ConfigError, match=r"frozen_stages is 5, expected an integer from -1"):
-        backbone("nano", frozen_stages=5)
-    with pytest.raises(ConfigError, match=r"arch: unknown key 'depth'.*Did you mean 'depths'\?"):
-        backbone(dict(dims=[8], depth=[1]))
-    nano = dataclasses.asdict(backbone("nano").arch)
+    n = _stages(backbone)
+    with pytest.raises(ConfigError, match=rf"frozen_stages is {n + 1}, expected an integer from -1"):
+        backbone("nano", frozen_stages=n + 1)
+    nano = {
+        field.name: getattr(backbone("nano").arch, field.name) for field in dataclasses.fields(backbone("nano").arch)
+    }
+    name = next(iter(nano))
+    with pytest.raises(ConfigError, match=rf"arch: unknown key '{name}x'.*Did you mean '{name}'\?"):
+        backbone({**nano, f"{name}x": 1})
     for name, value in (("dims", 96), ("depths", 2), ("dims", [8, 16.0, 32, 64])):  # 96: how upstream writes four
-        with pytest.raises(ConfigError, match=rf"arch: {name} is .*expected positive integers, one per stage"):
-            backbone({**nano, name: value})
+        if name in nano:
+            with pytest.raises(ConfigError, match=rf"arch: {name} is .*expected positive integers, one per stage"):
+                backbone({**nano, name: value})
+    for name, value in (("dim", [96]), ("depth", 0)):
+        if name in nano:
+            with pytest.raises(ConfigError, match=rf"arch: {name} is .*expected a positive integer"):
+                backbone({**nano, name: value})
 
 
 @every_backbone
@@ -123,18 +174,24 @@ def test_other_in_channels(backbone):
 
 
 @every_backbone
-@pytest.mark.parametrize("frozen_stages", [0, 1, 4])
-def test_freezing(backbone, frozen_stages):
+@pytest.mark.parametrize("which", ["stem", "one", "all"])
+def test_freezing(backbone, which):
+    n = _stages(backbone)
+    frozen_stages = {"stem": 0, "one": 1, "all": n}[which]
     model = backbone("nano", frozen_stages=frozen_stages, drop_path_rate=0.2).train()
-    sum(out.mean() for out in model(_image(32, 32, batch=2))).backward() if frozen_stages < 4 else None
+    wanting = {name for name, parameter in backbone("nano").named_parameters() if parameter.requires_grad}
+    if which != "all":
+        sum(out.mean() for out in model(_image(32, 32, batch=2))).backward()
+    parts = {name: _part(model, name) for name, _ in model.named_parameters()}
+    assert {"stem", *range(n)} - {i for i, depth in enumerate(model.depths) if depth == 0} <= set(parts.values())
     for name, parameter in model.named_parameters():
-        head = name.split(".")[0]
-        stage = int(name.split(".")[1]) if head == "layers" else int(head[-1]) if head.startswith("outnorm") else -1
-        frozen = stage < frozen_stages
-        assert parameter.requires_grad is not frozen, name
+        frozen = parts[name] == "stem" or (parts[name] is not None and parts[name] < frozen_stages)
+        assert parameter.requires_grad is (not frozen and name in wanting), name
         assert not (frozen and parameter.grad is not None), name
-    assert model.patch_embed.training is False
-    assert all(model.layers[i].training is (i >= frozen_stages) for i in range(4))
+    stem = [getattr(model, name, None) for name in model.stem_names]
+    assert stem and not any(part.training for part in stem if isinstance(part, torch.nn.Module))
+    for i in range(n):
+        assert all(part.training is (i >= frozen_stages) for part in model.parts_of_stage(i))
 
 
 @every_backbone
@@ -144,8 +201,12 @@ def test_unused_stages_want_no_gradient(backbone):
     sum(out.pow(2).mean() for out in model(_image(32, 32))).backward()
     wanting = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert wanting == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert not any(name.startswith(("layers.2", "layers.3", "layers.1.downsample")) for name in wanting)
-    assert {name for name in backbone("nano").state_dict() if name.startswith("layers")} < set(model.state_dict())
+    if backbone in HIERARCHICAL:
+        assert not any(re.match(r"layers\.([2-9]|1\.downsample)", name) for name in wanting)
+    assert wanting < {name for name, parameter in backbone("nano").named_parameters() if parameter.requires_grad} | {
+        name for name in wanting if name.startswith("outnorm")
+    }
+    assert {name for name in backbone("nano").state_dict() if name.startswith("layers")} <= set(model.state_dict())
 
 
 @every_batch_normed
@@ -172,8 +233,10 @@ def test_checkpointing_changes_nothing(backbone):
     image = _image(40, 24)
     for model in (plain, cheap):
         sum(out.pow(2).mean() for out in model(image)).backward()
-    for a, b in zip(plain.parameters(), cheap.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+    grads = [{name: p.grad for name, p in m.named_parameters() if p.grad is not None} for m in (plain, cheap)]
+    assert grads[0] and set(grads[0]) == set(grads[1])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=0, atol=0)
 
 
 @every_backbone
@@ -208,7 +271,7 @@ def test_memory_layout_of_the_input_does_not_matter(backbone):
 def test_empty_batch(backbone):
     model = backbone("nano")
     outs = model(_image(32, 32, batch=0))
-    assert [out.shape[0] for out in outs] == [0] * 4
+    assert outs and all(out.shape[0] == 0 for out in outs)
     sum(out.sum() for out in outs).backward()
 
 
@@ -232,9 +295,10 @@ def test_layer_depth(backbone):
     last = sum(model.depths) + 1
     depths = {name: model.get_layer_depth("backbone." + name, "backbone.") for name, _ in model.named_parameters()}
     assert {count for _, count in depths.values()} == {last + 1}
-    assert {depth for depth, _ in depths.values()} == set(range(last + 1))
-    assert {depths[name][0] for name in depths if name.startswith("patch_embed.")} == {0}
-    assert depths["outnorm0.weight"][0] == last
+    # Nothing need be behind the blocks: not every family has out norms.
+    assert set(range(last)) <= {depth for depth, _ in depths.values()} <= set(range(last + 1))
+    assert {depths[name][0] for name in depths if name.split(".")[0] in model.stem_names} == {0}
+    assert {depths[name][0] for name in depths if name.startswith("outnorm")} <= {last}
     assert model.get_layer_depth("head.fc.weight", "backbone.") == (last, last + 1)
 
 
@@ -252,8 +316,14 @@ def _names_of_the_head(backbone):
 def test_blocks_are_known_as_such(backbone):
     """FSDP wraps them, and the learning rates of layers count them."""
     model = backbone("nano")
-    assert all(isinstance(block, Block) for layer in model.layers for block in layer.blocks)
-    assert sum(isinstance(module, Block) for module in model.modules()) == sum(model.depths)
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
+    assert not [name for name in blocks if any(name.startswith(f"{other}.") for other in blocks)]
+    found = {model.get_layer_depth(f"{name}.{next(iter(dict(block.named_parameters())))}")[0]
+             for name, block in blocks.items()}  # fmt: skip
+    assert found == set(range(1, sum(model.depths) + 1))
+    if backbone in HIERARCHICAL:
+        assert all(isinstance(block, Block) for layer in model.layers for block in layer.blocks)
+        assert len(blocks) == sum(model.depths)
 
 
 @every_backbone
@@ -262,25 +332,31 @@ def test_pretrained_weights_load_strictly(backbone, tmp_path):
     state = {f"backbone.{k}": v for k, v in source.state_dict().items()}
     torch.save({"state_dict": {**state, "head.fc.weight": torch.zeros(1)}}, tmp_path / "good.pth")
     init = dict(type="Pretrained", checkpoint=str(tmp_path / "good.pth"), prefix="backbone.")
-    model = backbone("nano", out_indices=(1, 3), init_cfg=init)
+    model = backbone("nano", out_indices=(1, _stages(backbone) - 1), init_cfg=init)
     model.init_weights()
     for name, value in model.state_dict().items():
         assert torch.equal(value, source.state_dict()[name])
     assert model.is_init
 
+    with pytest.raises(CheckpointMismatch, match=r"none of \d+ entries begins with prefix 'nothing\.'.*'backbone'"):
+        backbone("nano", init_cfg=dict(init, prefix="nothing.")).init_weights()
+    with pytest.raises(CheckpointMismatch, match=r"size mismatch|does not fit"):
+        backbone("nano", in_channels=1, init_cfg=init).init_weights()
+
+
+@every_hierarchical
+def test_an_official_classifier_starts_a_feature_extractor(backbone, tmp_path):
+    """What of a columnar model differs with the task, such as its position embedding, is a matter of its own tests."""
+    source = backbone("nano")
     without_norms = {k: v for k, v in source.state_dict().items() if not k.startswith("outnorm")}
     head = {name: torch.zeros(1) for name in _names_of_the_head(backbone)}
     torch.save({"model": {**without_norms, **head}}, tmp_path / "imagenet.pth")
     model = backbone("nano", init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "imagenet.pth")))
     model.init_weights()
-    assert torch.equal(model.outnorm2.weight, torch.ones_like(model.outnorm2.weight))
+    if backbone in OUT_NORMED:
+        assert torch.equal(model.outnorm2.weight, torch.ones_like(model.outnorm2.weight))
     taken = {name for name in model.state_dict() if not name.startswith("outnorm")}
     assert all(torch.equal(model.state_dict()[name], source.state_dict()[name]) for name in taken)
-
-    with pytest.raises(CheckpointMismatch, match=r"none of \d+ entries begins with prefix 'nothing\.'.*'backbone'"):
-        backbone("nano", init_cfg=dict(init, prefix="nothing.")).init_weights()
-    with pytest.raises(CheckpointMismatch, match=r"size mismatch|does not fit"):
-        backbone("nano", in_channels=1, init_cfg=init).init_weights()
 
 
 SPELLINGS = {
@@ -306,8 +382,12 @@ def test_every_spelling_of_pretrained_is_strict(backbone, spelling, tmp_path):
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
     assert model.init_cfg == spell(entry)
 
-    torch.save({k: v for k, v in source.state_dict().items() if not k.startswith("layers.3")}, tmp_path / "part.pth")
-    with pytest.raises(CheckpointMismatch, match=r"entries missing \['layers\.3"):
+    # Found by identity, since parts of a stage need not have the stage in their names.
+    own = {id(value) for part in source.parts_of_stage(_stages(backbone) - 1) for value in part.parameters()}
+    cut = [name for name, value in source.named_parameters() if id(value) in own and not name.startswith("outnorm")]
+    assert cut
+    torch.save({k: v for k, v in source.state_dict().items() if k not in cut}, tmp_path / "part.pth")
+    with pytest.raises(CheckpointMismatch, match=rf"entries missing \['{re.escape(cut[0])}"):
         backbone("nano", init_cfg=spell(dict(entry, checkpoint=str(tmp_path / "part.pth")))).init_weights()
     with pytest.raises(ConfigError, match=r"unknown key 'prefx'.*Did you mean 'prefix'\?"):
         backbone("nano", init_cfg=spell(dict(entry, prefx="backbone."))).init_weights()
@@ -321,19 +401,21 @@ def test_pretrained_weights_need_a_type():
         BACKBONES[0]("nano", init_cfg=dict(checkpoint="weights.pth")).init_weights()
 
 
-@every_backbone
+@every_out_normed
 def test_out_norms_are_taken_all_or_none(backbone, tmp_path):
     """The final norm of a classifier is no output norm of a detector; an unknown norm is an error."""
-    classifier = backbone("nano", out_indices=(3,))
-    torch.nn.init.constant_(classifier.outnorm3.weight, 7.0)
+    last = _stages(backbone) - 1
+    classifier = backbone("nano", out_indices=(last,))
+    torch.nn.init.constant_(getattr(classifier, f"outnorm{last}").weight, 7.0)
     path = tmp_path / "cls.pth"
     torch.save(classifier.state_dict(), path)
-    for out_indices, weight in (((3,), 7.0), ((0, 1, 2, 3), 1.0), ((2, 3), 1.0)):
+    for out_indices, weight in (((last,), 7.0), (tuple(range(last + 1)), 1.0), ((last - 1, last), 1.0)):
         init = dict(type="Pretrained", checkpoint=str(path))
         model = backbone("nano", out_indices=out_indices, init_cfg=init)
         model.init_weights()
-        assert float(model.outnorm3.weight.min()) == float(model.outnorm3.weight.max()) == weight
-    for name in ("outnorm4.weight", "outnorm3.scale", "outnorms.weight"):
+        norm = getattr(model, f"outnorm{last}").weight.detach()
+        assert float(norm.min()) == float(norm.max()) == weight
+    for name in (f"outnorm{last + 1}.weight", f"outnorm{last}.scale", "outnorms.weight"):
         torch.save({**classifier.state_dict(), name: torch.ones(256)}, path)
         with pytest.raises(CheckpointMismatch, match=rf"1 unexpected \['{name}'"):
             backbone("nano", init_cfg=dict(type="Pretrained", checkpoint=str(path))).init_weights()
