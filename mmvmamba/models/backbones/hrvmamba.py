@@ -191,8 +191,8 @@ class HRVSSBlock(Block):
         super().__init__()
         quarter = channels // len(KERNELS)
         self.cpe1 = _depthwise(channels, 3) if arch.se_lpu else None
-        self.norm0 = LayerNorm(channels)
         self.conv2d = nn.ModuleList(_depthwise(quarter, kernel) for kernel in KERNELS)
+        self.norm0 = LayerNorm(channels)
         self.conv_act = nn.GELU()
         self.norm = LayerNorm(channels)
         self.op = (SqueezedSS2D if arch.se_lpu else DeformableSS2D)(channels, arch)
