@@ -3,6 +3,7 @@
 from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.efficientvim import EfficientViM, EfficientViMArch
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
+from mmvmamba.models.backbones.hrvmamba import HRVMamba, HRVMambaArch
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.mobilemamba import MobileMamba, MobileMambaArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
@@ -23,6 +24,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "shufflemamba": ShuffleMamba,
     "mobilemamba": MobileMamba,
     "efficientvim": EfficientViM,
+    "hrvmamba": HRVMamba,
 }
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "EfficientVMambaArch",
     "EfficientViM",
     "EfficientViMArch",
+    "HRVMamba",
+    "HRVMambaArch",
     "MSVMamba",
     "MSVMambaArch",
     "MambaOut",
