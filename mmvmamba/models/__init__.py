@@ -1,26 +1,12 @@
 """Networks of mmvmamba; importing this module needs PyTorch and MMEngine only and fills ``registry.MODELS``."""
 
-from mmvmamba.models import backbones
-from mmvmamba.models.adapters import ViTAdapter
-from mmvmamba.models.backbones import *  # noqa: F403 (its list of families is the only one)
-from mmvmamba.models.heads import build_mambaout_cls_head, build_register_cls_head
-from mmvmamba.models.necks import EfficientViTFPN
-from mmvmamba.models.segmentors import build_windowed_encoder_decoder
-
-__all__ = ["EfficientViTFPN", "ViTAdapter", "build_mambaout_cls_head", "build_windowed_encoder_decoder"]
-__all__ = [
-    "EfficientViTFPN",
-    "ViTAdapter",
-    "build_mambaout_cls_head",
-    "build_register_cls_head",
-    "build_windowed_encoder_decoder",
+from mmvmamba.models import adapters, backbones, heads, necks, segmentors
+from mmvmamba.models.adapters import *  # noqa: F403 (each part has the only list of what is in it)
+from mmvmamba.models.backbones import *  # noqa: F403
 from mmvmamba.models.deploy import fold_batch_norms
-from mmvmamba.models.heads import build_mambaout_cls_head, build_mobilemamba_cls_head
+from mmvmamba.models.heads import *  # noqa: F403
+from mmvmamba.models.necks import *  # noqa: F403
+from mmvmamba.models.segmentors import *  # noqa: F403
 
-    "build_mobilemamba_cls_head",
-    "fold_batch_norms",
-from mmvmamba.models.heads import build_efficientvim_cls_head, build_mambaout_cls_head
-
-    "build_efficientvim_cls_head",
-]
-__all__ += backbones.__all__
+__all__ = ["fold_batch_norms"]
+__all__ += [*adapters.__all__, *backbones.__all__, *heads.__all__, *necks.__all__, *segmentors.__all__]
