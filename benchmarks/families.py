@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from benchmarks.backbones import FORWARD, TRAINING, forward_step, training_step
 from benchmarks.harness import DisagreementError, Notes, Timing, interleave, save
-from benchmarks.models import DROP_PATH, PEERS, Peer, check_shapes, check_vmamba, parse_size
+from benchmarks.models import DROP_PATH, PEERS, STRIDES, Peer, check_shapes, check_vmamba, parse_size
 from mmvmamba.analysis.flops import count_backbone
 from mmvmamba.converters.base import load_converter
 from mmvmamba.models.backbones import FAMILIES
+from mmvmamba.models.backbones.base import BaseBackbone
 
 Row = dict[str, Any]
 SWIN, VMAMBA = "Swin-T", "vmamba tiny-s1l8"
@@ -86,7 +87,10 @@ class Suite:
             check_vmamba(peer, FOR_TESTS, torch.float32, BOUND)
         image = torch.randn(1, 3, *CHECK_SIZE)
         for label, model in self.models.items():
-            check_shapes(label, self.steps(FORWARD, {label: model}, image)[label](), *CHECK_SIZE)
+            strides = (
+                [model.stage_strides[i] for i in model.out_indices] if isinstance(model, BaseBackbone) else STRIDES
+            )
+            check_shapes(label, self.steps(FORWARD, {label: model}, image)[label](), *CHECK_SIZE, strides)
 
     def steps(self, passes: str, models: Mapping[str, nn.Module], image: Tensor) -> dict[str, Callable[[], Any]]:
         """Return what is timed of every model."""

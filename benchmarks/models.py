@@ -125,21 +125,23 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def check_shapes(name: str, outputs: Sequence[Tensor], height: int, width: int) -> None:
-    """Compare feature maps with the strides 4, 8, 16, 32.
+def check_shapes(
+    name: str, outputs: Sequence[Tensor], height: int, width: int, strides: Sequence[int] = STRIDES
+) -> None:
+    """Compare feature maps with their strides.
 
     Raises:
         DisagreementError: One has another size, or a value that is not finite.
     """
     found = [tuple(out.shape[2:]) for out in outputs]
     # Some round a map down where others round up.
-    fits = len(found) == len(STRIDES) and all(
+    fits = len(found) == len(strides) and all(
         side // stride <= size <= -(-side // stride)
-        for shape, stride in zip(found, STRIDES, strict=True)
+        for shape, stride in zip(found, strides, strict=True)
         for size, side in zip(shape, (height, width), strict=True)
     )
     if not fits:
-        raise DisagreementError(f"{name}: maps are {found}, expected strides {STRIDES} of {height}x{width}")
+        raise DisagreementError(f"{name}: maps are {found}, expected strides {tuple(strides)} of {height}x{width}")
     if not all(bool(out.isfinite().all()) for out in outputs):
         raise DisagreementError(f"{name}: a feature is not finite")
 

@@ -26,7 +26,7 @@ KEY_LISTS = sorted(DATA.glob("*/*.keys.json.gz"))
 BOUNDS = {"vmamba": (3e-5, 3e-4)}
 OTHER_BOUNDS = (1e-4, 1e-3)
 GRAD_NORM_BOUND = 1e-3
-#: family -> parameters whose true gradient is zero, by the family's fact sheet: what upstream recorded is rounding noise.
+#: family -> parameters whose true gradient is zero by the fact sheet: what upstream recorded is rounding noise.
 WITHOUT_GRADIENT = {"efficientvim": r".*mixer\.A"}
 
 

@@ -413,7 +413,7 @@ def test_out_norms_are_taken_all_or_none(backbone, tmp_path):
         init = dict(type="Pretrained", checkpoint=str(path))
         model = backbone("nano", out_indices=out_indices, init_cfg=init)
         model.init_weights()
-        norm = getattr(model, f"outnorm{last}").weight
+        norm = getattr(model, f"outnorm{last}").weight.detach()
         assert float(norm.min()) == float(norm.max()) == weight
     for name in (f"outnorm{last + 1}.weight", f"outnorm{last}.scale", "outnorms.weight"):
         torch.save({**classifier.state_dict(), name: torch.ones(256)}, path)
