@@ -148,8 +148,10 @@ def _variant(family: str, trunk: Mapping[str, Tensor]) -> str | None:
         if converter.sketches[variant] != size:
             continue
         shapes = _released_shapes(family, variant)
-        names = {name for name in trunk if not re.fullmatch(converter.optional, name)}
-        if shapes.keys() == names and all(_same(trunk[name].shape, shape) for name, shape in shapes.items()):
+        left_out = _left_out(converter)
+        if shapes.keys() == {name for name in trunk if not left_out.fullmatch(name)} and all(
+            _same(trunk[name].shape, shape) for name, shape in shapes.items()
+        ):
             return variant
     return None
 
@@ -159,11 +161,16 @@ def _same(shape: torch.Size, released: torch.Size) -> bool:
     return shape == released or (len(released) == 2 and shape == (*released, 1, 1))
 
 
+def _left_out(converter: Converter) -> re.Pattern[str]:
+    """Return a pattern of the names that do not tell a variant: PyTorch adds counters where batch norms might be."""
+    return re.compile(rf"{_OUT_NORM.pattern}|.*\.num_batches_tracked|{converter.optional}")
+
+
 @functools.cache
 def _released_shapes(family: str, variant: str) -> dict[str, torch.Size]:
     """Return the shapes of a released variant's trunk; it is built without memory for its weights."""
     converter = load_converter(family)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = converter.build("backbone", converter.released[variant])
-    left_out = re.compile(rf"{_OUT_NORM.pattern}|{converter.optional}")
+    left_out = _left_out(converter)
     return {name: value.shape for name, value in model.state_dict().items() if not left_out.fullmatch(name)}

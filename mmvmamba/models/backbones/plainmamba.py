@@ -238,7 +238,7 @@ class SnakeMixer(nn.Module):
         bias, skip = 2 * self.dt_proj.bias.to(accumulate), self.D.to(accumulate)
         return scan2d(
             u,
-            moved.view(b, h, w, NUM_WALKS, -1),
+            moved.view(b, h, w, NUM_WALKS, moved.shape[-1]),
             self.dt_proj.weight.expand(NUM_WALKS, -1, -1),
             bias.expand(NUM_WALKS, -1),
             decay.expand(NUM_WALKS, -1, -1),
