@@ -17,6 +17,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
     "mambaout": MambaOut,
+    "vim": Vim,
     "plainmamba": PlainMamba,
     "shufflemamba": ShuffleMamba,
 }

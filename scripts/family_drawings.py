@@ -1,0 +1,165 @@
+"""What `scripts/draw_families.py` draws: walks as the package walks them, blocks in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from mmvmamba.models.backbones import msvmamba
+from mmvmamba.ops import CROSS_SCAN, ScanOrder
+from mmvmamba.ops.scan2d.orders import order_to_permutation
+
+SIDE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A map and what happens on it.
+
+    Attributes:
+        title: Above it, at most two lines.
+        walks: Indices of pixels, row by row, in the order they are visited.
+        rows: Of the map.
+        columns: Of the map.
+        to_all: Whether all pixels give to one state and read from it, without an order.
+        shaded: Indices of pixels that are set off.
+    """
+
+    title: str
+    walks: Sequence[Sequence[int]] = ()
+    rows: int = SIDE
+    columns: int = SIDE
+    to_all: bool = False
+    shaded: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Steps that something is joined with.
+
+    Attributes:
+        ways: One chain of steps, or several side by side.
+        join: The sign where they meet.
+        residual: Whether the input goes around them, too.
+    """
+
+    ways: tuple[tuple[str, ...], ...]
+    join: str = "+"
+    residual: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A family.
+
+    Attributes:
+        title: Its name.
+        panels: Its walks.
+        block: Lines of a block: what the line is, and its steps.
+    """
+
+    title: str
+    panels: tuple[Panel, ...]
+    block: tuple[tuple[str, tuple[str | Branch, ...]], ...]
+
+
+def residual(*steps: str) -> Branch:
+    """Return steps whose input is added to their output."""
+    return Branch((steps,))
+
+
+def walk(order: ScanOrder, rows: int = SIDE, columns: int = SIDE) -> list[int]:
+    """Return an order of the package on a map."""
+    pixels: list[int] = order_to_permutation(order, rows, columns).tolist()
+    return pixels
+
+
+def grid_walk(order: ScanOrder, row: int, column: int) -> list[int]:
+    """Return an order over every other row and column of a map, from ``row`` and ``column`` on."""
+    pixels = torch.arange(SIDE * SIDE).view(SIDE, SIDE)[row::2, column::2].flatten()
+    return [int(pixels[at]) for at in walk(order, SIDE // 2, SIDE // 2)]
+
+
+_FFN = residual("LayerNorm", "MLP")
+_SS2D = ("Linear", "depthwise 3x3", "SiLU", "four scans, summed", "LayerNorm", "Linear")
+
+DRAWINGS: dict[str, Drawing] = {
+    "vmamba": Drawing(
+        "VMamba",
+        (
+            Panel("rows, there\nand back", [walk(CROSS_SCAN[0]), walk(CROSS_SCAN[2])]),
+            Panel("columns, there\nand back", [walk(CROSS_SCAN[1]), walk(CROSS_SCAN[3])]),
+        ),
+        (("block", (residual("LayerNorm", "SS2D"), _FFN)), ("SS2D", _SS2D)),
+    ),
+    "msvmamba": Drawing(
+        "MSVMamba",
+        (
+            Panel("the whole map:\none route", [walk(ScanOrder.ROW)]),
+            *(
+                Panel(f"half the map,\nroute {n}", [walk(ScanOrder[name.upper()])])
+                for n, name in enumerate(msvmamba.ARCHS["v1-tiny"].half_routes, 1)
+            ),
+        ),
+        (
+            ("block", (residual("LayerNorm", "multi-scale SS2D"), residual("LayerNorm", "ConvFFN"))),
+            (
+                "multi-scale SS2D",
+                (
+                    "Linear",
+                    Branch(
+                        (
+                            ("depthwise 3x3", "SiLU", "one scan", "LayerNorm"),
+                            ("depthwise 7x7, stride 2", "SiLU", "three scans", "LayerNorm", "resize"),
+                        ),
+                        residual=False,
+                    ),
+                    "squeeze-excite",
+                    "Linear",
+                ),
+            ),
+        ),
+    ),
+    "efficientvmamba": Drawing(
+        "EfficientVMamba",
+        tuple(
+            Panel(
+                f"grid {k + 1}",
+                [grid_walk(order, k % 2, k // 2)],
+                shaded=frozenset(grid_walk(ScanOrder.ROW, k % 2, k // 2)),
+            )
+            for k, order in enumerate(CROSS_SCAN)
+        ),
+        (
+            (
+                "block of the first two stages",
+                (
+                    Branch(
+                        (("LayerNorm", "atrous SS2D", "x attention"), ("LayerNorm", "conv 3x3", "x attention")),
+                    ),
+                ),
+            ),
+            ("block of the others", (residual("1x1", "depthwise 3x3", "squeeze-excite", "1x1"),)),
+        ),
+    ),
+    "vssd": Drawing(
+        "VSSD",
+        (Panel("one state of all\ntokens, no order", to_all=True),),
+        (
+            ("block", (residual("depthwise 3x3"), residual("LayerNorm", "NC-SSD"), residual("depthwise 3x3"), _FFN)),
+            ("NC-SSD", ("Linear", "depthwise 3x3", "SiLU", "sum over tokens", "read", "LayerNorm", "Linear")),
+        ),
+    ),
+    "mambaout": Drawing(
+        "MambaOut",
+        (Panel("no scan:\nconvolutions only"),),
+        (
+            (
+                "block",
+                (residual("LayerNorm", "Linear", "depthwise 7x7 of a part", "gate", "Linear"),),
+            ),
+        ),
+    ),
+}
