@@ -23,10 +23,11 @@ class Recognition:
         title: The family's name for people.
         variant: A released variant such as ``"tiny-s1l8"``, or None for a network of another size.
         sketch: Its size in words.
-        form: ``"classifier"``, ``"backbone"``, ``"detector"``, ``"segmentor"`` or ``"model"`` (something else around a
-            backbone).
+        form: ``"classifier"``, ``"backbone"``, ``"adapter"``, ``"detector"``, ``"segmentor"`` or ``"model"`` (something
+            else around a backbone).
         prefix: What the backbone's names begin with, ``""`` or closed by a dot.
         upstream: Whether some of the names are upstream's and not ours.
+        adapter: Whether the backbone is the trunk of an adapter, whose entries count to it.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Recognition:
     form: str
     prefix: str
     upstream: bool
+    adapter: bool = False
 
     def __str__(self) -> str:
         """Return such as ``"VMamba tiny-s1l8 (classifier)"``."""

@@ -49,6 +49,8 @@ class Converter:
         knows: (form, name) -> whether ``read`` accepts an entry of this name.
         sketch: (our entries without out norms and head) -> the size of the network in words.
         sketches: Released variant -> its sketch, so that only variants of the right size are built for a comparison.
+        optional: Regular expression of our names that some forms of a network have and some have not, besides out norms
+            and head; which variant it is does not depend on them.
     """
 
     forms: tuple[str, ...]
@@ -62,6 +64,7 @@ class Converter:
     knows: Callable[[str, str], bool]
     sketch: Callable[[Mapping[str, Tensor]], str]
     sketches: Mapping[str, str]
+    optional: str = r"(?!)"
 
 
 def load_converter(family: str) -> Converter:

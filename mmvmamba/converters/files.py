@@ -159,7 +159,7 @@ def _checked_ours(state: StateDict, found: Recognition, source: str | Path) -> S
     """Return the entries under our names; one that the family has not is refused."""
     if not found.prefix:
         return convert_state_dict(found.family, found.form, state)
-    convert_state_dict(found.family, "backbone", _part(state, found.prefix))
+    convert_state_dict(found.family, _inner_form(found), _part(state, found.prefix))
     return adapt(dict(state), repr(str(source)))
 
 
@@ -170,9 +170,13 @@ def _upstream(ours: StateDict) -> StateDict:
         return ours
     if found.form == "classifier":
         return to_upstream_state_dict(found.family, "classifier", ours)
-    official = to_upstream_state_dict(found.family, "backbone", _part(ours, found.prefix))
+    official = to_upstream_state_dict(found.family, _inner_form(found), _part(ours, found.prefix))
     others = {name: value for name, value in ours.items() if not name.startswith(found.prefix)} if found.prefix else {}
     return {**{found.prefix + name: value for name, value in official.items()}, **others}
+
+
+def _inner_form(found: Recognition) -> str:
+    return "adapter" if found.adapter else "backbone"
 
 
 def _part(state: StateDict, prefix: str) -> StateDict:

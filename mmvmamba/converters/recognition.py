@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmvmamba.checkpoints.official import Recognition
+from mmvmamba.converters.adapter import TRUNK, has_adapter, is_adapters
 from mmvmamba.converters.base import CONVERTERS, Converter, StateDict, load_converter
 from mmvmamba.errors import CheckpointMismatch
 
@@ -32,10 +33,11 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Recognition | None:
     for prefix, family in _backbones(state_dict).items():
         converter, part = load_converter(family), _part(state_dict, prefix)
         others = {name.split(".")[0] for name in state_dict if not name.startswith(prefix)}
+        own_form = _form(converter, part, prefix)
         if prefix:
-            form = next((form for form, names in _FORMS if names & others), "model" if others else "backbone")
+            form = next((form for form, names in _FORMS if names & others), "model" if others else own_form)
         else:
-            form = _upstream_form(converter, part)
+            form = own_form
         trunk = _trunk(converter, part)
         return Recognition(
             family,
@@ -45,6 +47,7 @@ def recognise(state_dict: Mapping[str, Tensor]) -> Recognition | None:
             form,
             prefix,
             upstream=adapt(dict(state_dict)).keys() != state_dict.keys(),
+            adapter=own_form == "adapter",
         )
     return None
 
@@ -64,7 +67,7 @@ def _adapt(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         adapted._metadata = metadata  # type: ignore[attr-defined]
     for prefix, family in _backbones(state_dict).items():
         converter, part = load_converter(family), _part(state_dict, prefix)
-        form = "backbone" if prefix else _upstream_form(converter, part)
+        form = _form(converter, part, prefix)
         # Names the family does not know stay, for whoever loads the result to refuse them, or to have them.
         known = {name: value for name, value in part.items() if converter.knows(form, name)}
         for name in known:
@@ -85,7 +88,7 @@ def _backbones(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     for family in CONVERTERS:
         mark = re.compile(rf"((?:.*?\.)?){load_converter(family).mark}")
         for prefix in dict.fromkeys(match[1] for name in state_dict if (match := mark.fullmatch(name))):
-            marked.setdefault(prefix, []).append(family)
+            marked.setdefault(_with_adapter(prefix, state_dict), []).append(family)
     chosen: dict[str, str] = {}
     for prefix, families in marked.items():
         part = _part(state_dict, prefix)
@@ -105,12 +108,28 @@ def _part(state_dict: Mapping[str, Tensor], prefix: str) -> StateDict:
     return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
+def _with_adapter(prefix: str, state_dict: Mapping[str, Tensor]) -> str:
+    """Return the prefix of our adapter around the backbone with this prefix, or this one if there is none."""
+    outer = prefix.removesuffix(TRUNK)
+    inside = outer != prefix and has_adapter(_part(state_dict, outer))
+    return outer if inside else prefix
+
+
+def _form(converter: Converter, part: Mapping[str, Tensor], prefix: str) -> str:
+    """Return as which form the entries of a backbone, which had this prefix, are read."""
+    if "adapter" in converter.forms and has_adapter(part):
+        return "adapter"
+    return "backbone" if prefix else _upstream_form(converter, part)
+
+
 def _upstream_form(converter: Converter, part: Mapping[str, Tensor]) -> str:
     return "classifier" if any(re.fullmatch(converter.head, name) for name in part) else "backbone"
 
 
 def _trunk(converter: Converter, part: Mapping[str, Tensor]) -> StateDict:
     """Return what every form of the network has, under our names."""
+    if "adapter" in converter.forms and has_adapter(part):
+        part = {name.removeprefix(TRUNK): value for name, value in part.items() if not is_adapters(name)}
     known = {
         name: value
         for name, value in part.items()
@@ -129,7 +148,10 @@ def _variant(family: str, trunk: Mapping[str, Tensor]) -> str | None:
         if converter.sketches[variant] != size:
             continue
         shapes = _released_shapes(family, variant)
-        if shapes.keys() == trunk.keys() and all(_same(trunk[name].shape, shape) for name, shape in shapes.items()):
+        left_out = _left_out(converter)
+        if shapes.keys() == {name for name in trunk if not left_out.fullmatch(name)} and all(
+            _same(trunk[name].shape, shape) for name, shape in shapes.items()
+        ):
             return variant
     return None
 
@@ -139,10 +161,16 @@ def _same(shape: torch.Size, released: torch.Size) -> bool:
     return shape == released or (len(released) == 2 and shape == (*released, 1, 1))
 
 
+def _left_out(converter: Converter) -> re.Pattern[str]:
+    """Return a pattern of the names that do not tell a variant: PyTorch adds counters where batch norms might be."""
+    return re.compile(rf"{_OUT_NORM.pattern}|.*\.num_batches_tracked|{converter.optional}")
+
+
 @functools.cache
 def _released_shapes(family: str, variant: str) -> dict[str, torch.Size]:
     """Return the shapes of a released variant's trunk; it is built without memory for its weights."""
     converter = load_converter(family)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = converter.build("backbone", converter.released[variant])
-    return {name: value.shape for name, value in model.state_dict().items() if not _OUT_NORM.fullmatch(name)}
+    left_out = _left_out(converter)
+    return {name: value.shape for name, value in model.state_dict().items() if not left_out.fullmatch(name)}

@@ -180,12 +180,12 @@ class SnakeMixer(nn.Module):
         inner = int(arch.expansion * arch.dim)
         rank = math.ceil(arch.dim / 16) if arch.dt_rank is None else arch.dt_rank
         self.inner, self.dt_rank, self.d_state = inner, rank, arch.d_state
-        self.A_log = nn.Parameter(torch.empty(inner, arch.d_state))
-        self.D = nn.Parameter(torch.empty(inner))
-        self.direction_Bs = nn.Parameter(torch.empty(len(STEPS), arch.d_state))
         self.gamma: nn.Parameter | None = None
         if arch.layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((arch.dim,), float(arch.layer_scale)))
+        self.A_log = nn.Parameter(torch.empty(inner, arch.d_state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.direction_Bs = nn.Parameter(torch.empty(len(STEPS), arch.d_state))
         self.in_proj = Linear(arch.dim, 2 * inner, bias=arch.bias)
         self.conv2d = ChannelsLastConv2d(
             inner, inner, arch.conv_kernel, padding=arch.conv_kernel // 2, groups=inner, bias=arch.conv_bias
@@ -238,7 +238,7 @@ class SnakeMixer(nn.Module):
         bias, skip = 2 * self.dt_proj.bias.to(accumulate), self.D.to(accumulate)
         return scan2d(
             u,
-            moved.view(b, h, w, NUM_WALKS, -1),
+            moved.view(b, h, w, NUM_WALKS, moved.shape[-1]),
             self.dt_proj.weight.expand(NUM_WALKS, -1, -1),
             bias.expand(NUM_WALKS, -1),
             decay.expand(NUM_WALKS, -1, -1),
