@@ -97,11 +97,12 @@ def _backbones(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     return chosen
 
 
-def _familiarity(family: str, part: Mapping[str, Tensor]) -> tuple[bool, int]:
+def _familiarity(family: str, part: Mapping[str, Tensor]) -> tuple[bool, int, bool]:
+    """Return whether a backbone is a released variant of a family, how many names it knows, and whether its size is."""
     converter = load_converter(family)
-    form = _upstream_form(converter, part)
+    trunk, form = _trunk(converter, part), _form(converter, part, "")
     known = sum(converter.knows(form, name) for name in part)
-    return _variant(family, _trunk(converter, part)) is not None, known
+    return _variant(family, trunk) is not None, known, converter.sketch(trunk) in converter.sketches.values()
 
 
 def _part(state_dict: Mapping[str, Tensor], prefix: str) -> StateDict:

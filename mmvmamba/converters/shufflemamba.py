@@ -9,28 +9,35 @@ middle there, is not among them. A file of the sizes that both have is taken for
 
 from __future__ import annotations
 
-import re
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from mmvmamba.converters.base import (
-    Converter,
-    Rule,
-    StateDict,
-    known_to,
-    reject_unknown_arguments,
-    rename,
+from mmvmamba.converters.adapter import TRUNK, is_adapters, read_adapter, upstream_adapter, write_adapter
+from mmvmamba.converters.base import Converter, Rule, StateDict, known_to, reject_unknown_arguments, rename
+from mmvmamba.converters.columnar import (
+    LINEAR_HEAD,
+    LINEAR_HEAD_TO_UPSTREAM,
+    TWO_STREAM_TRUNK,
+    build_token_classifier,
+    check_layers,
+    in_order,
+    inside,
+    out_of,
+    sketch,
 )
 from mmvmamba.converters.hierarchical import (
+    in_words,
     refuse_out_norms,
     refuse_pretrained,
     released_arguments,
     translate,
     without,
 )
-from mmvmamba.errors import CheckpointMismatch, ConfigError
+from mmvmamba.errors import ConfigError
+from mmvmamba.models.adapters import ViTAdapter
 from mmvmamba.models.backbones.shufflemamba import ARCHS, ShuffleMamba, ShuffleMambaArch, Tokens
 from mmvmamba.models.heads import build_register_cls_head
 from mmvmamba.models.layers.shuffle import GivenShuffle
@@ -40,7 +47,8 @@ _NORMS = {"rms": "rms_norm", "ln": "layer_norm"}
 
 # ---------------------------------------------------------------- constructor arguments -> our options
 
-#: Arguments of every form; ``norm`` stands for ``rms_norm`` and ``fused_add_norm`` in the parity data.
+#: Arguments of every form; ``norm`` stands for ``rms_norm`` and ``fused_add_norm`` in the parity data. Which kernels run
+#: (``fused_add_norm``) has no effect here, and the residual stream is float32 whatever ``residual_in_fp32`` says.
 _OF_ALL = (
     "norm",
     "rms_norm",
@@ -57,28 +65,19 @@ _OF_ALL = (
     "drop_rate",
     "drop_path_rate",
     "shuffle_rate",
-    # Without effect but with registers, where the head needs them; upstream's other modules swallow them.
+    # Without effect but in classifiers, the last two but with registers; upstream's other modules swallow them.
     "num_classes",
     "num_cls_tokens",
     "cls_reduce",
     "pretrained",
 )
-#: Argument of upstream's adapter -> our option.
-_OF_ADAPTER = {
-    "conv_inplane": "spatial_channels",
-    "n_points": "num_points",
-    "deform_num_heads": "num_heads",
-    "cffn_ratio": "ffn_ratio",
-    "deform_ratio": "value_ratio",
-    "interaction_indexes": "interaction_indexes",
-    "init_values": "injector_scale",
-    "with_cffn": "with_ffn",
-}
+_ADAPTER_ARGUMENTS = tuple(inspect.signature(upstream_adapter).parameters)
 _OWN = {
     "classifier": ("permutations",),
     "classifier_reg": ("permutations",),
     "backbone": ("out_indices",),
-    "adapter": ("out_indices", "pretrain_size", "add_vit_feature", "use_extra_extractor", *_OF_ADAPTER),
+    # An adapter has its four maps, whatever its trunk would return.
+    "adapter": ("out_indices", *_ADAPTER_ARGUMENTS),
 }
 _NUM_CLASSES = 1000
 
@@ -91,8 +90,6 @@ def _upstream_norm(kwargs: Mapping[str, Any]) -> str:
 
 def _upstream_trunk(kwargs: Mapping[str, Any], num_registers: int) -> dict[str, Any]:
     """Translate the arguments that all of upstream's modules have to those of ours."""
-    if not kwargs.get("residual_in_fp32", True):
-        raise ConfigError("residual_in_fp32 is False, expected True: the residual stream is float32 here. Remove it.")
     if kwargs.get("drop_rate", 0.0):
         raise ConfigError(
             f"drop_rate is {kwargs['drop_rate']!r}, expected 0: no model of the family has dropout. Remove it."
@@ -179,143 +176,83 @@ def _give_permutations(backbone: ShuffleMamba, permutations: Sequence[Sequence[i
 
 
 def _build_classifier(backbone: ShuffleMamba, kwargs: Mapping[str, Any], registers: int) -> nn.Module:
-    # Only these forms need MMPretrain.
-    from mmengine.registry import DefaultScope
-    from mmpretrain.models import ImageClassifier, LinearClsHead
-
     classes, dim = kwargs.get("num_classes", _NUM_CLASSES), backbone.arch.dim
-    # MMPretrain builds its loss and preprocessor by bare names, which a detector's scope would take for mmdet's.
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        if registers:
-            reduction = kwargs.get("cls_reduce", 1)
-            head = build_register_cls_head(classes, dim, registers, reduction, backbone.arch.norm)
-        else:
-            head = LinearClsHead(classes, dim)
-        return ImageClassifier(backbone=backbone, head=head)
+    if not registers:
+        return build_token_classifier(backbone, dim, classes)
+    reduction = kwargs.get("cls_reduce", 1)
+    return build_token_classifier(
+        backbone, dim, classes, lambda: build_register_cls_head(classes, dim, registers, reduction, backbone.arch.norm)
+    )
 
 
 def _build_adapter(kwargs: Mapping[str, Any]) -> nn.Module:
-    from mmvmamba.models.adapters import ViTAdapter
-    from mmvmamba.models.adapters.vit_adapter import TrunkFeatures
-
     trunk = ShuffleMamba(
         **_upstream_trunk(kwargs, 0),
         cls_token="none",  # noqa: S106 (no password)
         last_feature="hidden",
         final_norm=False,
     )
-    options = {ours: kwargs[theirs] for theirs, ours in _OF_ADAPTER.items() if theirs in kwargs}
-    features: TrunkFeatures = "each" if kwargs.get("add_vit_feature", True) else "none"
-    extra = 2 if kwargs.get("use_extra_extractor", True) else 0
-    return ViTAdapter(trunk, trunk_features=features, extra_extractors=extra, **options)
+    own = {name: value for name, value in kwargs.items() if name in _ADAPTER_ARGUMENTS}
+    return ViTAdapter(trunk, **{"trunk_features": "each", **upstream_adapter(**own)})
 
 
 # ---------------------------------------------------------------- state dicts
 
 _FIELD = r"(?:weight|bias)"
-_DIRECTION = rf"(?:conv1d(?:_b)?\.{_FIELD}|x_proj(?:_b)?\.weight|dt_proj(?:_b)?\.{_FIELD}|A_log|A_b_log|D|D_b)"
-_LAYER = rf"layers\.\d+\.(?:norm\.{_FIELD}|mixer\.(?:{_DIRECTION}|in_proj\.weight|out_proj\.weight))"
-_TOKENS = r"(?:cls_token|pos_embed|pos_embed_cls)"
-_TRUNK = Rule(rf"({_TOKENS}|patch_embed\.proj\.{_FIELD}|{_LAYER}|norm_f\.{_FIELD})", r"\1")
-
+_TRUNK_RULES = (Rule(r"(pos_embed_cls)", r"\1"), *TWO_STREAM_TRUNK)
 _HEAD_OF_CLASSIFIER = r"(?:head|neck|norm_neck)\..*"
-_HEAD = (
-    Rule(rf"head\.({_FIELD})", r"head.fc.\1"),
-    Rule(r"neck\.weight", "head.neck.weight"),
-    Rule(rf"norm_neck\.({_FIELD})", r"head.norm.\1"),
-)
+_HEAD = (*LINEAR_HEAD, Rule(r"neck\.weight", "head.neck.weight"), Rule(rf"norm_neck\.({_FIELD})", r"head.norm.\1"))
 _HEAD_TO_UPSTREAM = (
-    Rule(rf"head\.fc\.({_FIELD})", r"head.\1"),
+    *LINEAR_HEAD_TO_UPSTREAM,
     Rule(r"head\.neck\.weight", "neck.weight"),
     Rule(rf"head\.norm\.({_FIELD})", r"norm_neck.\1"),
 )
-#: What an adapter adds to a trunk; it has upstream's names.
-_ADAPTER = Rule(r"((?:level_embed|spm\..*|interactions\..*|up\..*|norm[1-4]\..*))", r"\1")
 _ORDER = (
     "cls_token",
     "pos_embed_cls",
     "pos_embed",
-    "level_embed",
-    "patch_embed",
-    "neck",
-    "norm_neck",
-    "head",
-    "layers",
-    "norm_f",
-    "spm",
+    "patch_embed.",
+    "neck.",
+    "norm_neck.",
+    "head.",
+    "layers.",
+    "norm_f.",
 )
 
 
-def _inside(rule: Rule) -> Rule:
-    """Return the rule for a trunk that is part of our module."""
-    return Rule(rule.pattern, f"backbone.{rule.target}")
+def _read_trunk(state_dict: Mapping[str, Tensor]) -> StateDict:
+    return rename(state_dict, _TRUNK_RULES, "a ShuffleMamba feature extractor")
 
 
-def _outside(rule: Rule) -> Rule:
-    """Return the rule that takes a trunk out of our module."""
-    return Rule(rf"backbone\.{rule.pattern}", rule.target)
-
-
-def _knows(form: str, name: str) -> bool:
-    extra: Sequence[Rule] = ()
-    if form.startswith("classifier"):
-        extra = _HEAD
-    elif form == "adapter":
-        extra = (_ADAPTER,)
-    return known_to((_TRUNK, *extra), name)
+def _write_trunk(state_dict: Mapping[str, Tensor]) -> StateDict:
+    return in_order(rename(state_dict, _TRUNK_RULES, "our ShuffleMamba feature extractor"), _ORDER)
 
 
 def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
     if form == "backbone":
-        ours = rename(without(state_dict, _HEAD_OF_CLASSIFIER), (_TRUNK,), "a ShuffleMamba feature extractor")
-        depth = _depth(ours)
-        for stage in stages:
-            if not 0 <= stage < depth:
-                raise CheckpointMismatch(
-                    f"fill_out_norms names layer {stage}, but the state dict has {depth} layers. Name only layers from "
-                    "0 to that number less one."
-                )
-        # No layer has an out norm of its own, and the one behind the last is in every classifier.
+        ours = _read_trunk(without(state_dict, _HEAD_OF_CLASSIFIER))
+        # There are no out norms to fill, but the layers are looked for, as in every family.
+        check_layers(ours, stages, "ShuffleMamba")
         return ours
     refuse_out_norms(form, stages)
     if form == "adapter":
-        return rename(state_dict, (_inside(_TRUNK), _ADAPTER), "a ShuffleMamba with adapter")
-    ours = rename(state_dict, (_inside(_TRUNK), *_HEAD), "a ShuffleMamba classifier")
-    _depth(state_dict)
-    return ours
+        return read_adapter(state_dict, _read_trunk)
+    return rename(state_dict, (*inside("backbone", _TRUNK_RULES), *_HEAD), "a ShuffleMamba classifier")
+
+
+def _knows(form: str, name: str) -> bool:
+    if form == "adapter":
+        return is_adapters(name) or known_to(_TRUNK_RULES, name.removeprefix(TRUNK))
+    return known_to(_TRUNK_RULES, name) or (form.startswith("classifier") and known_to(_HEAD, name))
 
 
 def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
     if form == "backbone":
-        renamed = rename(state_dict, (_TRUNK,), "our ShuffleMamba feature extractor")
-    elif form == "adapter":
-        renamed = rename(state_dict, (_outside(_TRUNK), _ADAPTER), "our ShuffleMamba with adapter")
-    else:
-        renamed = rename(state_dict, (_outside(_TRUNK), *_HEAD_TO_UPSTREAM), "our ShuffleMamba classifier")
-    ranks = {name: rank for rank, name in enumerate(_ORDER)}
-    ordered = sorted(renamed, key=lambda name: ranks.get(name.split(".")[0], len(_ORDER)))
-    return {name: renamed[name] for name in ordered}
-
-
-# ---------------------------------------------------------------- recognition
-
-
-def _depth(trunk: Mapping[str, Tensor]) -> int:
-    layers = {int(match[1]) for name in trunk if (match := re.match(r"layers\.(\d+)\.", name))}
-    if not layers:
-        raise CheckpointMismatch(
-            "the state dict has no entry 'layers.*', expected those of a ShuffleMamba. Check family, form and prefix."
-        )
-    return max(layers) + 1
-
-
-def _in_words(dim: int, depth: int) -> str:
-    return f"with dim {dim} and depth {depth}"
-
-
-def _sketch(trunk: Mapping[str, Tensor]) -> str:
-    widths = [value.numel() for name, value in trunk.items() if re.fullmatch(r"layers\.\d+\.norm\.weight", name)]
-    return _in_words(widths[0] if widths else 0, _depth(trunk))
+        return _write_trunk(state_dict)
+    if form == "adapter":
+        return write_adapter(state_dict, _write_trunk, "norm")
+    rules = (*out_of("backbone", _TRUNK_RULES), *_HEAD_TO_UPSTREAM)
+    return in_order(rename(state_dict, rules, "our ShuffleMamba classifier"), _ORDER)
 
 
 _RELEASED = {
@@ -330,9 +267,10 @@ CONVERTER = Converter(
     _write,
     title="ShuffleMamba",
     released=_RELEASED,
+    # As Vim; which of the two it is, their sizes and what else they have decide.
     mark=r"layers\.\d+\.mixer\.A_b_log",
     head=_HEAD_OF_CLASSIFIER,
     knows=_knows,
-    sketch=_sketch,
-    sketches={name: _in_words(ARCHS[name].dim, ARCHS[name].depth) for name in _RELEASED},
+    sketch=sketch,
+    sketches={name: in_words((ARCHS[name].depth,), (ARCHS[name].dim,)) for name in _RELEASED},
 )

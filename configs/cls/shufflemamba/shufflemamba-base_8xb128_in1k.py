@@ -10,7 +10,14 @@ _base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
 model = dict(
     backbone=dict(_delete_=True, type="mmvmamba.ShuffleMamba", arch="base", out_type="cls_token", shuffle_rate=0.5),
     neck=None,
-    head=dict(in_channels=768, init_cfg=dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0)),
+    head=dict(
+        _delete_=True,
+        type="LinearClsHead",
+        num_classes=1000,
+        in_channels=768,
+        loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+        init_cfg=dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
+    ),
     # The recipe's would redraw the linear maps of the mixers, whose initial values are the backbone's business.
     init_cfg=None,
 )
