@@ -4,6 +4,7 @@ from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.efficientvim import EfficientViM, EfficientViMArch
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
+from mmvmamba.models.backbones.mobilemamba import MobileMamba, MobileMambaArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 from mmvmamba.models.backbones.vssd import VSSD, VSSDArch
@@ -15,6 +16,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
     "mambaout": MambaOut,
+    "mobilemamba": MobileMamba,
     "efficientvim": EfficientViM,
 }
 
@@ -29,6 +31,8 @@ __all__ = [
     "MSVMambaArch",
     "MambaOut",
     "MambaOutArch",
+    "MobileMamba",
+    "MobileMambaArch",
     "VMamba",
     "VMambaArch",
     "VSSDArch",

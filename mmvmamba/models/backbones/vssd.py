@@ -31,6 +31,7 @@ from mmvmamba.models.layers import (
     convolve_depthwise,
     drop_path_schedule,
 )
+from mmvmamba.models.layers.conv_bn import fold_norm
 from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import is_traced, linear
 from mmvmamba.models.layers.patch import image_to_channels_last
@@ -148,6 +149,11 @@ class ConvNorm(nn.Module):
             return out.relu_()
         out = self.act(out)
         return out
+
+    def fold_batch_norms(self) -> None:
+        """Make the norm, if there is one, a part of the convolution. For `mmvmamba.models.deploy` alone."""
+        if not isinstance(self.norm, nn.Identity):
+            self.conv, self.norm = fold_norm(self.conv, self.norm), nn.Identity()
 
 
 class Stem(nn.Module):

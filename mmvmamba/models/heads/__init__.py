@@ -2,5 +2,6 @@
 
 from mmvmamba.models.heads.efficientvim_cls_head import build_efficientvim_cls_head
 from mmvmamba.models.heads.mambaout_cls_head import build_mambaout_cls_head
+from mmvmamba.models.heads.mobilemamba_cls_head import build_mobilemamba_cls_head
 
-__all__ = ["build_efficientvim_cls_head", "build_mambaout_cls_head"]
+__all__ = ["build_efficientvim_cls_head", "build_mambaout_cls_head", "build_mobilemamba_cls_head"]

@@ -165,6 +165,19 @@ def fold_norm(conv: Layer, norm: nn.Module) -> Layer:
     return with_parameters(conv, weight, bias)
 
 
+@torch.no_grad()
+def fold_norm_before(norm: nn.Module, fc: nn.Linear) -> nn.Linear:
+    """Return a linear map, changed to do what ``fc(norm(x))`` does in evaluation mode.
+
+    Raises:
+        ConfigError: If there is no such norm.
+    """
+    scale, shift = norm_as_affine(norm)
+    weight = fc.weight.double()
+    bias = weight @ shift
+    return with_parameters(fc, weight * scale, bias if fc.bias is None else bias + fc.bias.double())
+
+
 def with_parameters(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
     """Give ``layer`` other parameters, in the dtype of its own, that want no gradient, and return it."""
     dtype = layer.weight.dtype

@@ -6,6 +6,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmvmamba.models.layers.conv import ChannelsLastConv2d
 from mmvmamba.models.layers.observers import is_unobserved
@@ -50,9 +51,27 @@ def can_fuse_depthwise(conv: nn.Module, x: Tensor, act: nn.Module | None = None)
         and all(side % 2 == 1 for side in conv.kernel_size)
         and conv.padding == tuple(side // 2 for side in conv.kernel_size)
         and (act is None or type(act) is nn.SiLU)
-        and x.device.type == "cpu"
-        and not is_traced()
-        and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled("cpu"))
+        and _serves(x, conv.weight)
         and is_unobserved(conv, *(() if act is None else (act,)))
+    )
+
+
+def convolve_depthwise_by(weight: Tensor, x: Tensor) -> Tensor:
+    """Return the convolution of a map ``x`` (b, h, w, d) by kernels ``weight`` (d, 1, kh, kw), odd, of equal size.
+
+    For weights that are no module's, such as a parameter in another order; `convolve_depthwise` otherwise.
+    """
+    if _serves(x, weight):
+        return depthwise_conv2d(x, weight)
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
+
+
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    """Return whether our operator can take these and is the faster."""
+    return (
+        x.device.type == "cpu"
+        and not is_traced()
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
         and choose_backend(None, "cpu").name == "compiled"
     )

@@ -41,6 +41,9 @@ class PatchifyEmbed(nn.Module):
         norm: Kind of norm, or None for none.
     """
 
+    #: For ``mmvmamba.models.deploy``.
+    runs_in_order = True
+
     def __init__(self, in_channels: int, channels: int, patch_size: int = 4, norm: Norm | None = "layer_norm") -> None:
         super().__init__()
         self.add_module("0", ChannelsLastConv2d(in_channels, channels, patch_size, stride=patch_size))
@@ -60,6 +63,9 @@ class OverlappingEmbed(nn.Module):
         patch_size: Total stride, even; each convolution has stride patch_size / 2.
         norm: Kind of norm, or None for none.
     """
+
+    #: For ``mmvmamba.models.deploy``.
+    runs_in_order = True
 
     def __init__(self, in_channels: int, channels: int, patch_size: int = 4, norm: Norm | None = "layer_norm") -> None:
         super().__init__()
@@ -108,6 +114,9 @@ class ConvDownsample(nn.Module):
     Kernel 2 leaves floor(n / 2) tokens a side (a side of 1 is zero-padded to 2), kernel 3 with padding 1
     leaves ceil(n / 2).
     """
+
+    #: For ``mmvmamba.models.deploy``.
+    runs_in_order = True
 
     def __init__(self, channels: int, out_channels: int, kernel: Literal[2, 3], norm: Norm = "layer_norm") -> None:
         super().__init__()
