@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmvmamba.converters import with_neck
 from mmvmamba.converters.base import Converter, Rule, StateDict, known_to, reject_unknown_arguments, rename
 from mmvmamba.converters.hierarchical import (
     AFFINE,
@@ -29,10 +28,11 @@ from mmvmamba.converters.hierarchical import (
     sketch,
     without,
 )
+from mmvmamba.converters.mobile import build_with_neck, join_neck, knows_with_neck, split_neck
 from mmvmamba.models.backbones.efficientvim import ARCHS, EfficientViM, EfficientViMArch
 from mmvmamba.models.heads import build_efficientvim_cls_head
 
-FORMS = ("classifier", "backbone", with_neck.FORM)
+FORMS = ("classifier", "backbone", "backbone_neck")
 
 # ---------------------------------------------------------------- constructor arguments -> our options
 
@@ -71,24 +71,30 @@ UPSTREAM_FUNCTIONS: dict[str, dict[str, Any]] = {
 
 
 def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    if form == with_neck.FORM:
-        backbone, neck = with_neck.split_arguments("efficientvim", kwargs)
-        return with_neck.BackboneWithNeck(_build("backbone", backbone), with_neck.build_neck("efficientvim", neck))
+    if form == "backbone_neck":
+        reject_unknown_arguments(kwargs, ("backbone", "neck"), "efficientvim backbone_neck")
+        return build_with_neck(_feature_extractor(kwargs.get("backbone", {})), kwargs.get("neck", {}))
+    if form == "backbone":
+        return _feature_extractor(kwargs)
     _, kwargs = released_arguments(kwargs, UPSTREAM_FUNCTIONS)
     refuse_pretrained(kwargs.pop("pretrained", None))
-    known = [*_DEFAULTS, *(["out_indices", "frozen_stages"] if form == "backbone" else [])]
-    reject_unknown_arguments(kwargs, known, f"efficientvim {form}")
+    reject_unknown_arguments(kwargs, list(_DEFAULTS), f"efficientvim {form}")
+    options = _upstream_efficientvim(**kwargs)
+    stages = tuple(range(len(options["arch"].dims)))
+    num_classes, distillation = (kwargs.get(name, _DEFAULTS[name]) for name in ("num_classes", "distillation"))
+    return _classifier(EfficientViM(**options, out_indices=stages, out_type="hidden_states"), num_classes, distillation)
+
+
+def _feature_extractor(kwargs: Mapping[str, Any]) -> EfficientViM:
+    _, kwargs = released_arguments(kwargs, UPSTREAM_FUNCTIONS)
+    refuse_pretrained(kwargs.pop("pretrained", None))
+    reject_unknown_arguments(kwargs, [*_DEFAULTS, "out_indices", "frozen_stages"], "efficientvim backbone")
     out_indices = kwargs.pop("out_indices", None)
     # Upstream freezes its stem, and nothing else, whatever the number is.
     frozen_stages = min(kwargs.pop("frozen_stages", -1), 0)
     options = _upstream_efficientvim(**kwargs)
-    dims = options["arch"].dims
-    stages = tuple(range(len(dims)))
-    if form == "backbone":
-        chosen = stages if out_indices is None else tuple(out_indices)
-        return EfficientViM(**options, out_indices=chosen, frozen_stages=frozen_stages)
-    num_classes, distillation = (kwargs.get(name, _DEFAULTS[name]) for name in ("num_classes", "distillation"))
-    return _classifier(EfficientViM(**options, out_indices=stages, out_type="hidden_states"), num_classes, distillation)
+    stages = range(len(options["arch"].dims)) if out_indices is None else out_indices
+    return EfficientViM(**options, out_indices=tuple(stages), frozen_stages=frozen_stages)
 
 
 def _classifier(backbone: EfficientViM, num_classes: int, distillation: bool) -> nn.Module:
@@ -147,10 +153,9 @@ _HEAD = (
 
 
 def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) -> StateDict:
-    if form == with_neck.FORM:
-        refuse_out_norms(form, stages)
-        trunk, neck = with_neck.split_entries("efficientvim", state_dict)
-        return with_neck.join_entries(_read("backbone", trunk, ()), neck)
+    if form == "backbone_neck":
+        backbone, neck = split_neck(state_dict)
+        return join_neck(_read("backbone", backbone, stages), neck)
     body = _flat(without(state_dict, _HEAD_OF_CLASSIFIER))
     if form == "backbone":
         ours = rename(body, (*_TRUNK, OUT_NORM), "an EfficientViM feature extractor")
@@ -165,6 +170,8 @@ def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) ->
 
 
 def _knows(form: str, name: str) -> bool:
+    if form == "backbone_neck":
+        return knows_with_neck(name, lambda own: _knows("backbone", own))
     return known_to((*_TRUNK, *(_HEAD if form == "classifier" else (OUT_NORM,))), name)
 
 
@@ -196,9 +203,9 @@ _RANKS = {part: rank for rank, part in enumerate(_ORDER)}
 
 
 def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:
-    if form == with_neck.FORM:
-        trunk, neck = with_neck.split_entries("efficientvim", state_dict)
-        return with_neck.join_entries(_write("backbone", trunk), neck)
+    if form == "backbone_neck":
+        backbone, neck = split_neck(state_dict)
+        return join_neck(_write("backbone", backbone), neck)
     if form == "backbone":
         renamed = rename(state_dict, (*_TO_UPSTREAM, OUT_NORM), "our EfficientViM feature extractor")
     else:

@@ -35,7 +35,7 @@ def _classes(model: Any, task: str) -> int:
     if task == "cls":
         return model.head.num_classes
     if task == "seg":
-        assert model.decode_head.num_classes == model.auxiliary_head.num_classes
+        assert not model.with_auxiliary_head or model.decode_head.num_classes == model.auxiliary_head.num_classes
         return model.decode_head.num_classes
     heads = model.roi_head.bbox_head if hasattr(model, "roi_head") else model.bbox_head
     counts = {head.num_classes for head in (heads if isinstance(heads, torch.nn.ModuleList) else [heads])}

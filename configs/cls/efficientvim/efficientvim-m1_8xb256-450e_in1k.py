@@ -1,0 +1,5 @@
+"""EfficientViM-M1, 450 epochs on ImageNet-1k."""
+
+_base_ = "./efficientvim-m1_8xb256_in1k.py"
+
+train_cfg = dict(max_epochs=450)

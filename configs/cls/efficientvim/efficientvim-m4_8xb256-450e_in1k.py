@@ -1,0 +1,5 @@
+"""EfficientViM-M4, 450 epochs on ImageNet-1k."""
+
+_base_ = "./efficientvim-m4_8xb256_in1k.py"
+
+train_cfg = dict(max_epochs=450)
