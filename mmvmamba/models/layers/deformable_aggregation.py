@@ -106,7 +106,7 @@ def aggregate_by_convolution(x: Tensor, offset_mask: Tensor, groups: int) -> Ten
     as there are groups instead of as there are channels.
     """
     try:
-        from torchvision.ops import deform_conv2d
+        from torchvision.ops import deform_conv2d  # type: ignore[import-untyped]  # torchvision has no types
     except ImportError as error:
         raise BackendError(
             "deformable aggregation on a GPU is torchvision's deform_conv2d, and torchvision cannot be imported: "
@@ -144,9 +144,7 @@ def _table(x: Tensor, groups: int) -> Tensor:
     return F.pad(x, (0, 0, _BORDER, _BORDER, _BORDER, _BORDER)).reshape(-1, x.shape[3] // groups)
 
 
-def _places(
-    offset_mask: Tensor, size: torch.Size, groups: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+def _places(offset_mask: Tensor, size: torch.Size, groups: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Return where the nine places of every pixel and group lie.
 
     A place outside of the map and its border is moved to where all its corners are zero, so that every row exists.
@@ -176,7 +174,11 @@ def _places(
     first = (images + _BORDER * (wide + 1)) * groups + torch.arange(groups, device=device, dtype=integer).view(-1, 1)
     corner = (top.to(integer) * wide + left.to(integer)) * groups + first
     rows = torch.stack((corner, corner + groups, corner + wide * groups, corner + (wide + 1) * groups), dim=-2)
-    fractions = ((x - left).view(-1, POINTS), (y - top).view(-1, POINTS), numbers[..., 2 * POINTS :].reshape(-1, POINTS))
+    fractions = (
+        (x - left).view(-1, POINTS),
+        (y - top).view(-1, POINTS),
+        numbers[..., 2 * POINTS :].reshape(-1, POINTS),
+    )
     return fractions, rows.view(-1, 4 * POINTS)
 
 
