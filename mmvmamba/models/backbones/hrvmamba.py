@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmvmamba.errors import ConfigError
 from mmvmamba.models.backbones.arch import check_stages, resolve_arch
-from mmvmamba.models.backbones.base import BaseBackbone, Block, Stage
+from mmvmamba.models.backbones.base import BaseBackbone, Block
 from mmvmamba.models.layers import (
     SS2D,
     ChannelsLastConv2d,
@@ -131,8 +131,8 @@ ARCHS: dict[str, HRVMambaArch] = {
     # For demos and tests on a CPU; not a model of the paper (its smallest is "nano-se-lpu").
     "nano": HRVMambaArch(
         (8, 80, 16, 32),
-        (1, 1, 2, 1),
-        (1, 1, 2, 1),
+        (1, 1, 1, 1),
+        (1, 1, 1, 1),
         0.0,
         stem_dim=16,
         bottleneck_dim=8,
@@ -231,6 +231,19 @@ class BottleneckBlock(Bottleneck, Block):
     """A bottleneck that is a block of a stage."""
 
 
+class BottleneckStage(nn.Module):
+    """Stage 0: bottlenecks in a row.
+
+    Args:
+        arch: The options of the network.
+    """
+
+    def __init__(self, arch: HRVMambaArch) -> None:
+        super().__init__()
+        widths = [arch.stem_dim, *[EXPANSION * arch.bottleneck_dim] * (arch.depths[0] - 1)]
+        self.blocks = nn.ModuleList(BottleneckBlock(width, arch.bottleneck_dim) for width in widths)
+
+
 class HighResolutionStage(nn.Module):
     """The start of a new branch, then modules of blocks in all branches.
 
@@ -310,7 +323,7 @@ class HRVMamba(BaseBackbone):
         self.patch_embed = nn.Sequential(
             ConvBN(in_channels, stem, 3, stride=2, relu=True), ConvBN(stem, stem, 3, stride=2, relu=True)
         )
-        self.layers = nn.ModuleList([_bottlenecks(self.arch)])
+        self.layers = nn.ModuleList([BottleneckStage(self.arch)])
         rates = drop_path_schedule(rate, self.depths[1:])
         widths: tuple[int, ...] = (EXPANSION * self.arch.bottleneck_dim,)
         every = range(len(dims))
@@ -339,7 +352,7 @@ class HRVMamba(BaseBackbone):
         """
         self.check_input(image)
         x = self.patch_embed(image_to_channels_last(image))
-        for block in cast("Stage", self.layers[0]).blocks:
+        for block in cast("BottleneckStage", self.layers[0]).blocks:
             x = self.run_block(block, x)
         maps = [x]
         for stage in cast("list[HighResolutionStage]", self.layers[1:]):
@@ -417,12 +430,6 @@ class HRVMamba(BaseBackbone):
             rows = {f"{fuse}{i}." for i in range(len(self.depths)) if i not in self.out_indices}
             drop = drop | {name for name in names if name.startswith((f"{prefix}neck.", *rows))}
         return own_norms, drop
-
-
-def _bottlenecks(arch: HRVMambaArch) -> Stage:
-    """Return stage 0."""
-    widths = [arch.stem_dim, *[EXPANSION * arch.bottleneck_dim] * (arch.depths[0] - 1)]
-    return Stage([BottleneckBlock(width, arch.bottleneck_dim) for width in widths], nn.Identity())
 
 
 def _depthwise(channels: int, kernel: int) -> ChannelsLastConv2d:

@@ -106,7 +106,7 @@ def aggregate_by_convolution(x: Tensor, offset_mask: Tensor, groups: int) -> Ten
     as there are groups instead of as there are channels.
     """
     try:
-        from torchvision.ops import deform_conv2d
+        from torchvision.ops import deform_conv2d  # type: ignore[import-untyped]  # torchvision has no types
     except ImportError as error:
         raise BackendError(
             "deformable aggregation on a GPU is torchvision's deform_conv2d, and torchvision cannot be imported: "

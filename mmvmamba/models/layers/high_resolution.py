@@ -7,6 +7,7 @@ as HRVMamba has it. Differences: maps are channels-last, and a convolution and i
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Collection, Sequence
 from typing import cast
@@ -123,7 +124,7 @@ class ScaleFusion(nn.Module):
             )
         pairs = zip(dims, widths, strict=True)
         self.increase = nn.ModuleList(Bottleneck(dim, width // EXPANSION) for dim, width in pairs)
-        steps = zip(widths[:-1], widths[1:], strict=True)
+        steps = itertools.pairwise(widths)
         self.downsample = nn.ModuleList(ConvBN(dim, wider, 3, stride=2, relu=True) for dim, wider in steps)
         self.final = ConvBN(widths[-1], out_channels, relu=True)
 
@@ -150,7 +151,7 @@ def enlarge(x: Tensor, factor: int, rows: int, columns: int) -> Tensor:
     y = F.interpolate(
         x.permute(0, 3, 1, 2), size=(factor * x.shape[1], factor * x.shape[2]), mode="bilinear", align_corners=False
     )
-    # A size that a trace leaves open must not be looked at; the second step then is the identity where it is not needed.
+    # A size that a trace leaves open must not be looked at; the second step may then change nothing.
     if not (statically_known_true(y.shape[2] == rows) and statically_known_true(y.shape[3] == columns)):
         y = F.interpolate(y, size=(rows, columns), mode="bilinear", align_corners=False)
     return y.permute(0, 2, 3, 1)
