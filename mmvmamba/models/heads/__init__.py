@@ -11,4 +11,3 @@ __all__ = [
     "build_mobilemamba_cls_head",
     "build_register_cls_head",
 ]
-__all__ = ["build_efficientvim_cls_head", "build_mambaout_cls_head", "build_mobilemamba_cls_head"]
