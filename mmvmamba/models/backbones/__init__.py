@@ -4,6 +4,7 @@ from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, EfficientVMambaArch
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
+from mmvmamba.models.backbones.vim import Vim, VimArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 from mmvmamba.models.backbones.vssd import VSSD, VSSDArch
 
@@ -14,6 +15,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
     "mambaout": MambaOut,
+    "vim": Vim,
 }
 
 __all__ = [
@@ -28,4 +30,6 @@ __all__ = [
     "VMamba",
     "VMambaArch",
     "VSSDArch",
+    "Vim",
+    "VimArch",
 ]
