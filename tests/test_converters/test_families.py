@@ -26,6 +26,12 @@ from tests.test_checkpoints.official_files import random_state
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 KEY_LISTS = sorted(PARITY.glob("*/*.keys.json.gz"))
 CLASSIFIERS = [path for path in KEY_LISTS if "_backbone" not in path.name]
+#: Classifiers with the very names and shapes of another family's of that size, whose weights there are.
+TAKEN_FOR = {"shufflemamba_tiny": "vim", "shufflemamba_small": "vim", "shufflemamba_base": "vim"}
+#: The others.
+TOLD = [path for path in CLASSIFIERS if path.name.split(".")[0] not in TAKEN_FOR]
+#: Families whose upstream has feature extractors that are no released classifier inside: other norms, other tokens.
+WITH_OTHER_TRUNKS = ("shufflemamba",)
 
 
 def _name(path: Path) -> str:
@@ -57,7 +63,7 @@ def _variant(path: Path) -> str:
 @functools.cache
 def _smallest(family: str) -> Path:
     """Return the key list of the family's smallest classifier."""
-    return min((path for path in CLASSIFIERS if path.parent.name == family), key=lambda path: _keys(path)["num_params"])
+    return min((path for path in TOLD if path.parent.name == family), key=lambda path: _keys(path)["num_params"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,15 +92,20 @@ def test_every_file_is_recognised(path):
         assert found.family == family and found.sketch in set(converter.sketches.values())
         return
     found = recognise(state)
-    assert (found.family, found.variant, found.form) == (family, _variant(path), form)
-    assert str(found) == f"{converter.title} {_variant(path)} ({form})"
+    if form == "backbone" and family in WITH_OTHER_TRUNKS:
+        assert (found.family, found.variant, found.form) == (family, None, form)
+        return
+    family, variant = TAKEN_FOR.get(path.name.split(".")[0], family), _variant(path)
+    converter = load_converter(family)
+    assert (found.family, found.variant, found.form) == (family, variant, form)
+    assert str(found) == f"{converter.title} {variant} ({form})"
     again = recognise(adapt(dict(state)))  # under our names
-    assert (again.family, again.variant, again.form) == (family, _variant(path), form)
+    assert (again.family, again.variant, again.form) == (family, variant, form)
     part = {f"backbone.{name}": value for name, value in state.items() if not re.fullmatch(converter.head, name)}
     heads = {"detector": "roi_head.bbox_head.fc_cls.weight", "segmentor": "decode_head.conv_seg.weight"}
     for form, head in heads.items():
         inside = recognise({**part, head: torch.empty(81, 1024, device="meta")})
-        assert (inside.family, inside.variant, inside.form) == (family, _variant(path), form)
+        assert (inside.family, inside.variant, inside.form) == (family, variant, form)
     matrix = next(name for name, value in state.items() if re.search(r"\.0\.", name) and value.ndim > 1)
     other = recognise({**state, matrix: torch.empty(1, 1, 1, 1, device="meta")})
     assert (other.family, other.variant) == (family, None)
@@ -149,6 +160,8 @@ def test_a_classifier_starts_the_feature_extractor_of_the_same_arguments(family,
         backbone.load_state_dict(convert_state_dict(family, form, state, fill_out_norms=out_indices), strict=True)
         taken = to_upstream_state_dict(family, form, backbone.state_dict())
         trunk = {name for name in state if not re.fullmatch(load_converter(family).head, name)}
+        if family in WITH_OTHER_TRUNKS:
+            trunk -= {"cls_token", "pos_embed"}
         assert trunk and all(torch.equal(taken[name], state[name]) for name in trunk)
         break
     else:
@@ -160,7 +173,7 @@ def test_weights_of_another_family_or_variant_are_refused_naming_both(family, tm
     """Of every other family the smallest official file, and of this one another variant."""
     own = _smallest(family)
     others = [_smallest(other) for other in FAMILIES if other != family]
-    of_its_own = [path for path in CLASSIFIERS if path.parent.name == family and path != own]
+    of_its_own = [path for path in TOLD if path.parent.name == family and path != own]
     others.append(min(of_its_own, key=lambda path: _keys(path)["num_params"]))
     with torch.device("meta"):
         model = FAMILIES[family](_variant(own))
