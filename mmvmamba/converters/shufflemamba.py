@@ -47,7 +47,7 @@ _NORMS = {"rms": "rms_norm", "ln": "layer_norm"}
 
 # ---------------------------------------------------------------- constructor arguments -> our options
 
-#: Arguments of every form; ``norm`` stands for ``rms_norm`` and ``fused_add_norm`` in the parity data. Which kernels run
+#: Arguments of every form; ``norm`` stands for ``rms_norm`` and ``fused_add_norm`` in the parity data. What kernels run
 #: (``fused_add_norm``) has no effect here, and the residual stream is float32 whatever ``residual_in_fp32`` says.
 _OF_ALL = (
     "norm",

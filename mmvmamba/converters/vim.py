@@ -9,6 +9,7 @@ is built here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -271,6 +272,7 @@ def _det(kwargs: Mapping[str, Any]) -> nn.Module:
 # ---------------------------------------------------------------- state dicts
 
 _HEAD_OF_CLASSIFIER = r"head\..*"
+_BIAS_OF_NORM = re.compile(r"(?:layers\.\d+\.norm|norm_f)\.bias")
 _SEG_NECK = (Rule(rf"(fpn[1-4]\.\d+\.{AFFINE})", r"\1"),)
 _DET_NECK = (Rule(r"(simfp_[2-5]\.\d+\.(?:norm\.)?(?:weight|bias))", r"\1"),)
 #: Form -> rules from upstream's names to ours.
@@ -311,7 +313,8 @@ def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) ->
 
 
 def _knows(form: str, name: str) -> bool:
-    return known_to(_READ[form], name)
+    # A bias makes it a layer norm, which none of upstream's has, but some of ShuffleMamba's.
+    return known_to(_READ[form], name) and not _BIAS_OF_NORM.fullmatch(name)
 
 
 def _write(form: str, state_dict: Mapping[str, Tensor]) -> StateDict:

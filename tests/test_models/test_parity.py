@@ -112,7 +112,10 @@ def test_case(path, backend):
     noise = WITHOUT_GRADIENT.get(family, "(?!)")
     expected = {name: want for name, want in meta["grad_norms"].items() if not re.fullmatch(noise, name)}
     assert {name for name in norms if not re.fullmatch(noise, name)} == set(expected)
-    error_norms = {name: abs(norms[name] - want) / want for name, want in expected.items()}
+    # Some are zero exactly: the first token of a scan does not depend on A.
+    error_norms = {
+        name: abs(norms[name] - want) / (want or 1e-30) for name, want in expected.items() if want or norms[name]
+    }
     wrong = {name: error for name, error in error_norms.items() if not error <= GRAD_NORM_BOUND}
     assert not wrong
     worst = max(error_norms.values())
