@@ -70,9 +70,12 @@ def test_channels_of_every_arch() -> None:
     }
     used = set()
     for name, family in FAMILIES.items():
-        for arch, options in import_module(f"mmvmamba.models.backbones.{name}").ARCHS.items():
+        for arch in import_module(f"mmvmamba.models.backbones.{name}").ARCHS:
+            with torch.device("meta"):
+                backbone = family(arch)
+            channels = tuple(backbone.stage_channels[i] for i in backbone.out_indices)
             found = [pattern for pattern in patterns if fnmatchcase(f"{family.__name__} {arch}", pattern)]
-            assert [patterns[pattern] for pattern in found] == [options.dims], (name, arch)
+            assert [patterns[pattern] for pattern in found] == [channels], (name, arch)
             used |= set(found)
     assert used == set(patterns)
 
