@@ -198,13 +198,14 @@ def table() -> str:
     Raises:
         ConfigError: If there is no result of the benchmark of families.
     """
-    files = sorted(RESULTS.glob(f"*{SPEED}"))
-    if not files:
+    results = sorted(RESULTS.glob(f"*{SPEED}"))
+    if not results:
         raise ConfigError(
             f"{RESULTS}: found no file ending in {SPEED}, expected one. Run python -m benchmarks.families."
         )
-    speed = json.loads(files[-1].read_text())
-    times = {(row["family"], row["variant"], row["case"], row["pass"]): row for row in speed["rows"]}
+    # A later file may hold some of the families only.
+    rows = [row for path in results for row in json.loads(path.read_text())["rows"]]
+    times = {(row["family"], row["variant"], row["case"], row["pass"]): row for row in rows}
     lines = [
         _row(
             [
@@ -229,7 +230,8 @@ def table() -> str:
         for variant in load_converter(family).released:
             mine = [entry for entry in entries if _is_of(entry, family, variant)]
             lines.append(_row([cls.__name__, f"`{variant}`", *_cells(mine), *_times(times, family, variant)]))
-    lines.append(f"\nTimes: `benchmarks/results/{files[-1].name}`.")
+    names = ", ".join(f"`benchmarks/results/{path.name}`" for path in results)
+    lines.append(f"\nTimes: {names}, the later one where both have a row.")
     return "\n".join(lines)
 
 
