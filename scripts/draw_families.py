@@ -48,12 +48,12 @@ def picture(drawing: Drawing) -> str:
     parts: list[str] = []
     x, bottom = float(MARGIN), 0.0
     for panel in drawing.panels:
-        width, height = panel.columns * CELL, panel.rows * CELL
+        size = panel.columns * CELL, panel.rows * CELL
         parts += _panel(panel, x, MARGIN + 2 * LINE)
         title_width = 6.2 * max(len(line) for line in panel.title.split("\n"))
-        x += max(width, title_width) + GAP
-        bottom = max(bottom, MARGIN + 2 * LINE + height)
-    right = x - GAP
+        x += max(size[0], title_width) + GAP
+        bottom = max(bottom, MARGIN + 2 * LINE + size[1])
+    right: float = x - GAP
     top = bottom + LINE
     for label, steps in drawing.block:
         parts.append(_text(MARGIN, top + LINE, label, size=12, weight="bold"))

@@ -15,6 +15,7 @@ import pytest
 
 from mmvmamba.datasets.digits import DigitsSettings, write_digits
 from mmvmamba.models.backbones import FAMILIES
+from mmvmamba.models.backbones.base import BaseBackbone
 from tests.nano_models import digits_config, script
 
 ITERATIONS, ENDS = 100, 20
@@ -33,12 +34,18 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _options(task: str, family: str, data: Path, batch_size: int) -> dict[str, object]:
     """Return what is overridden in the digits config of a task: backbone, widths behind it, length and data."""
     nano = FAMILIES[family]("nano")
-    dims = [nano.stage_channels[i] for i in nano.out_indices]
+    channels = [nano.stage_channels[i] for i in nano.out_indices]
     if task == "det":
-        widths: dict[str, object] = {"model.neck.in_channels": dims}
+        widths = _pyramid(nano, channels)
         widths |= {f"{split}_evaluator.ann_file": data / "annotations/instances_val.json" for split in ("val", "test")}
     else:
-        widths = {"model.decode_head.in_channels": dims, "model.auxiliary_head.in_channels": dims[2]}
+        auxiliary = min(2, len(channels) - 2)
+        widths = {
+            "model.decode_head.in_channels": channels,
+            "model.decode_head.in_index": list(range(len(channels))),
+            "model.auxiliary_head.in_channels": channels[auxiliary],
+            "model.auxiliary_head.in_index": auxiliary,
+        }
     return widths | {
         "model.backbone.type": f"mmvmamba.{FAMILIES[family].__name__}",
         "model.backbone.init_cfg": None,
@@ -53,6 +60,27 @@ def _options(task: str, family: str, data: Path, batch_size: int) -> dict[str, o
         "log_processor.window_size": 1,
         # MMEngine has one visualizer of a name in a process, and it writes the losses.
         "visualizer.name": f"{family}-{task}",
+    }
+
+
+def _pyramid(nano: BaseBackbone, channels: list[int]) -> dict[str, object]:
+    """Return what makes maps of strides 4, 8, 16 and 32 of those of the backbone."""
+    strides = [nano.stage_strides[i] for i in nano.out_indices]
+    if strides == [4, 8, 16, 32]:
+        return {"model.neck.in_channels": channels}
+    if len(set(strides)) == 1:
+        return {
+            "model.backbone.out_indices": [nano.out_indices[-1]],
+            "model.neck.type": "mmvmamba.SimpleFeaturePyramid",
+            "model.neck.in_channels": channels[-1:],
+        }
+    assert strides == [16, 32, 64]
+    return {
+        "model.neck.type": "mmvmamba.EfficientViTFPN",
+        "model.neck.in_channels": channels,
+        "model.neck.num_extra_trans_convs": 2,
+        "model.neck.num_outs": 5,
+        "model.rpn_head.anchor_generator.strides": [4, 8, *strides],
     }
 
 

@@ -16,6 +16,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
     "mambaout": MambaOut,
+    "vim": Vim,
     "plainmamba": PlainMamba,
 }
 

@@ -332,6 +332,10 @@ class ColumnarBackbone(BaseBackbone):
         """
         token, key = state_dict.get(prefix + "cls_token"), prefix + "pos_embed"
         stored = state_dict.get(key)
+        if not hasattr(self, "rope"):
+            # Upstream's tables of one square grid; here they are computed, unless somebody has added a place for them.
+            for name in ("freqs_cos", "freqs_sin"):
+                state_dict.pop(f"{prefix}rope.{name}", None)
         own = self.pos_embed
         if own is None or stored is None or not stored.is_floating_point() or stored.ndim != 3 or stored.shape[0] != 1:
             return

@@ -8,6 +8,7 @@ never flipped (the second direction convolves and scans backwards in place), and
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,8 @@ from torch.nn import functional as F
 
 from mmvmamba.errors import ConfigError
 from mmvmamba.models.layers.linear import Linear
-from mmvmamba.models.layers.onednn import linear
 from mmvmamba.models.layers.ssm_init import init_dt_bias_
-from mmvmamba.ops import ScanOrder, depthwise_conv2d, scan2d
+from mmvmamba.ops import ScanOrder, causal_conv1d, scan2d
 from mmvmamba.ops.ssd.heads import accumulation
 
 _DIRECTIONS = (ScanOrder.ROW, ScanOrder.ROW_REVERSED)
@@ -103,29 +103,22 @@ class BidirectionalMamba(nn.Module):
 
     def scan(self, u: Tensor) -> Tensor:
         """Convolve and scan ``u`` (b, l, e), half of a wider map, in both directions; the sum (b, l, e)."""
-        forward = self._scan(u, 0)
-        return forward + self._scan(u, 1)
-
-    def _scan(self, u: Tensor, direction: int) -> Tensor:
-        conv = (self.conv1d, self.conv1d_b)[direction]
-        x_proj = (self.x_proj, self.x_proj_b)[direction]
-        dt_proj = (self.dt_proj, self.dt_proj_b)[direction]
-        a_log = (self.A_log, self.A_b_log)[direction]
-        skip = (self.D, self.D_b)[direction]
-        taps = conv.weight.unsqueeze(2)  # (e, 1, 1, width)
-        more = (0, taps.shape[-1] - 1)
-        taps = F.pad(taps.flip(-1), more[::-1]) if direction else F.pad(taps, more)
-        row = depthwise_conv2d(u.unsqueeze(1), taps, conv.bias, activation="silu")
-        accumulate = accumulation(row.dtype)
-        projections = linear(row, x_proj.weight).unsqueeze(3)
+        convs, dt_projs = (self.conv1d, self.conv1d_b), (self.dt_proj, self.dt_proj_b)
+        weight = torch.stack([conv.weight.squeeze(1) for conv in convs])
+        bias = torch.stack([cast("Tensor", conv.bias) for conv in convs])
+        maps = causal_conv1d(u, weight, bias, reverse=(False, True), activation="silu")  # (b, l, 2, e)
+        x_projs = (self.x_proj, self.x_proj_b)
+        projections = torch.stack([proj(x) for proj, x in zip(x_projs, maps.unbind(2), strict=True)], dim=2)
+        accumulate = accumulation(maps.dtype)
+        decay = -torch.exp(torch.stack((self.A_log, self.A_b_log)).to(accumulate))
         return scan2d(
-            row,
-            projections,
-            dt_proj.weight.unsqueeze(0),
-            dt_proj.bias.to(accumulate).unsqueeze(0),
-            -torch.exp(a_log.to(accumulate)).unsqueeze(0),
-            skip.to(accumulate).unsqueeze(0),
-            orders=(_DIRECTIONS[direction],),
+            maps.unsqueeze(1),
+            projections.unsqueeze(1),
+            torch.stack([proj.weight for proj in dt_projs]),
+            torch.stack([proj.bias for proj in dt_projs]).to(accumulate),
+            decay,
+            torch.stack((self.D, self.D_b)).to(accumulate),
+            orders=_DIRECTIONS,
         ).squeeze(1)
 
 
