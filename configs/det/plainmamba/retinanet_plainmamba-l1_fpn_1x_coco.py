@@ -1,6 +1,7 @@
 """RetinaNet with PlainMamba-L1 in a ViT-adapter and FPN, 12 epochs on COCO, 8 GPUs x 2 images.
 
 Optimiser and adapter are those of Mask R-CNN; norms of adapter and pyramid are those of all GPUs.
+The pyramid leaves out the finest of the four maps, so the adapter does, too.
 """
 
 _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
@@ -20,9 +21,11 @@ model = dict(
         ),
         num_heads=6,
         norm="synchronised_batch_norm",
+        out_indices=(1, 2, 3),
     ),
     neck=dict(
-        in_channels=[192, 192, 192, 192],
+        in_channels=[192, 192, 192],
+        start_level=0,
         add_extra_convs="on_output",
         norm_cfg=dict(type="SyncBN", requires_grad=True),
     ),

@@ -8,5 +8,5 @@ model = dict(
     backbone=dict(
         backbone=dict(arch="l2", drop_path_rate=0.2, init_cfg=dict(checkpoint=checkpoint)),
     ),
-    neck=dict(in_channels=[384, 384, 384, 384]),
+    neck=dict(in_channels=[384, 384, 384]),
 )

@@ -9,5 +9,5 @@ model = dict(
         backbone=dict(arch="l3", drop_path_rate=0.3, init_cfg=dict(checkpoint=checkpoint)),
         num_heads=8,
     ),
-    neck=dict(in_channels=[448, 448, 448, 448]),
+    neck=dict(in_channels=[448, 448, 448]),
 )
