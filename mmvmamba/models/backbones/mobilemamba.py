@@ -130,7 +130,8 @@ class ResidualMlp(ConvMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
-        return x + super().forward(x)
+        directly = self.run_directly(x, residual=True)
+        return x + super().forward(x) if directly is None else directly
 
 
 class BidirectionalSS2D(SS2D):
@@ -192,7 +193,8 @@ class WaveletScan(nn.Module):
         self.wt_filter = nn.Parameter(by_pixel(self.wt_filter), requires_grad=False)
         self.iwt_filter = nn.Parameter(by_pixel(self.iwt_filter), requires_grad=False)
         out, scale = self.scan.out_proj.conv, self.base_scale.flatten()
-        with_parameters(out, out.weight * scale.view(-1, 1, 1, 1), out.bias * scale)
+        bias = torch.zeros_like(scale) if out.bias is None else out.bias * scale
+        with_parameters(out, out.weight * scale.view(-1, 1, 1, 1), bias)
         del self.scale, self.base_scale
         self.folded = True
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvmamba.errors import ConfigError
+from mmvmamba.models.layers import deployed
 from mmvmamba.models.layers.conv import ChannelsLastConv2d
 from mmvmamba.models.layers.depthwise import convolve_depthwise
 from mmvmamba.models.layers.norm import BatchNorm
@@ -69,15 +70,22 @@ class ConvBN(nn.Module):
             )
         self.norm: nn.Module = BatchNorm(out_channels)
         self.act: nn.Module = nn.ReLU() if relu else nn.Identity()
+        self.relu = relu
+        #: Whether the norm is a part of the convolution: the deployment form.
+        self.folded = False
         nn.init.constant_(self.norm.weight, norm_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h', w', c')."""
+        if self.folded and deployed.runs_directly(x, self.conv, self.norm, self.act):
+            return deployed.convolve(x, self.conv, relu=self.relu)
         return self.act(self.norm(convolve_depthwise(self.conv, x)))
 
     def fold_batch_norms(self) -> None:
         """Make the norm a part of the convolution, which gets a bias. For `mmvmamba.models.deploy` alone."""
         self.conv, self.norm = fold_norm(self.conv, self.norm), nn.Identity()
+        deployed.in_operator_order(self.conv)
+        self.folded = True
 
 
 class ResidualDepthwise(ConvBN):
@@ -91,19 +99,17 @@ class ResidualDepthwise(ConvBN):
 
     def __init__(self, channels: int, kernel_size: int = 3, *, norm_weight: float = 1.0) -> None:
         super().__init__(channels, channels, kernel_size, groups=channels, norm_weight=norm_weight)
-        #: Whether the kernel itself holds the identity, which is so in the deployment form.
-        self.holds_identity = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
         y = super().forward(x)
-        return y if self.holds_identity else x + y
+        # The folded kernel holds the identity.
+        return y if self.folded else x + y
 
     def fold_batch_norms(self) -> None:
         """Make norm and identity parts of the convolution. For `mmvmamba.models.deploy` alone."""
         super().fold_batch_norms()
         add_identity_(self.conv)
-        self.holds_identity = True
 
 
 class ConvMlp(nn.Module):
@@ -122,7 +128,19 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, h, w, c)."""
+        if (rows := self.run_directly(x)) is not None:
+            return rows
         return self.fc2(self.fc1(x))
+
+    def run_directly(self, x: Tensor, residual: bool = False) -> Tensor | None:
+        """Return what is made of ``x`` (b, h, w, c), plus ``x`` itself if asked for, or None but in deployment form."""
+        first, second = self.fc1, self.fc2
+        inside = (first.conv, first.norm, first.act, second.conv, second.norm, second.act)
+        if not (first.folded and second.folded and deployed.runs_directly(x, first, second, *inside)):
+            return None
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = deployed.multiply_rows(rows, first.conv, relu=True)
+        return deployed.multiply_rows(hidden, second.conv, residual=rows if residual else None).view(x.shape)
 
 
 @torch.no_grad()
