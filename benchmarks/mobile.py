@@ -94,7 +94,7 @@ class Suite:
             for variant in load_converter(family).released:
                 if variant not in (self.options.variants or [variant]):
                     continue
-                same = seen.setdefault(FAMILIES[family](variant).arch, variant)
+                same = seen.setdefault(_arch(family, variant), variant)
                 if same == variant:
                     yield f"{family} {variant}", functools.partial(build, family, variant), fold_batch_norms
                 else:
@@ -139,6 +139,12 @@ class Suite:
                 f"{row['flops'] / 1e6:6.0f} M   {ratios}, {DEPLOYED}",
                 flush=True,
             )
+
+
+def _arch(family: str, variant: str) -> Any:
+    cls: Callable[..., Any] = FAMILIES[family]
+    with torch.device("meta"):
+        return cls(variant).arch
 
 
 def _scores(model: nn.Module, image: Tensor) -> Tensor:
