@@ -4,6 +4,7 @@ Needs PyTorch alone. `available_backends` reports what can run here and why the 
 """
 
 from mmvmamba.ops.backends import BackendStatus, available_backends, use_backend
+from mmvmamba.ops.causal_conv import causal_conv1d
 from mmvmamba.ops.depthwise_conv import depthwise_conv2d
 from mmvmamba.ops.scan2d import (
     BIDIRECTIONAL_SCAN,
@@ -24,6 +25,7 @@ __all__ = [
     "HeadGroups",
     "ScanOrder",
     "available_backends",
+    "causal_conv1d",
     "depthwise_conv2d",
     "order_to_permutation",
     "scan2d",

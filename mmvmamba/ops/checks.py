@@ -29,6 +29,36 @@ def check_tensor(op: str, argument: str, value: object) -> None:
         fail(op, argument, f"has layout {value.layout}", "a dense tensor (torch.strided)", "Call .to_dense() first.")
 
 
+def check_floating(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse anything that is not a dense tensor of a dtype that the convolutions have."""
+    for name, value in tensors.items():
+        check_tensor(op, name, value)
+        if value.dtype not in OUT_DTYPES:
+            expected = "one of " + ", ".join(map(str, OUT_DTYPES))
+            fail(op, name, f"has dtype {value.dtype}", expected, "Cast it with .to().")
+
+
+def check_same_dtype(op: str, first: str, reference: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Refuse mixed dtypes, as PyTorch's convolutions do; autocast has done its work before."""
+    for name, value in others.items():
+        if value is not None and value.dtype != reference.dtype:
+            fail(op, name, f"has dtype {value.dtype}", f"{reference.dtype}, as '{first}' has",
+                 f"Cast it with .to({reference.dtype}), or run under torch.autocast.")  # fmt: skip
+
+
+def to_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the arguments of a convolution in the dtype of autocast, where it is on; float64 stays."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(value: Tensor) -> Tensor:
+        return value if value.dtype == torch.float64 else value.to(dtype)
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
 def check_flag(op: str, argument: str, value: object) -> None:
     """Refuse anything that is not True or False."""
     if not isinstance(value, bool):

@@ -65,7 +65,7 @@ def scan2d_flops(
     x: Shape, projections: Shape, dt_weight: Shape, dt_bias: Shape | None, A: Shape, D: Shape | None,
     orders: list[int], permutation: Shape | None, *_rest: Any, **_options: Any,
 ) -> int:  # fmt: skip
-    """Count a 2D scan with its step sizes and its sum on the pixels: x (b, h, w, d), A (k, d, n)."""
+    """Count a 2D scan with its step sizes and its sum on the pixels: x (b, h, w, d) or (b, h, w, k, d), A (k, d, n)."""
     positions, r = _visits(x, dt_weight, permutation), dt_weight[2]
     merge = positions
     return (
@@ -79,15 +79,15 @@ def scan2d_backward_flops(
 ) -> int:  # fmt: skip
     """Count the backward of a 2D scan."""
     positions, r = _visits(x, dt_weight, permutation), dt_weight[2]
-    merge = positions
+    merge = positions if len(x) == 4 else 0  # a map of every route has a gradient of its own
     scan = _scan_flops(positions, A[2], D is not None, dt_bias is not None, backward=True)
     return scan + positions * 3 * STEP * r + merge
 
 
 def _visits(x: Shape, dt_weight: Shape, permutation: Shape | None) -> int:
     """Entries times routes times channels times length."""
-    b, h, w, d = x
-    return b * dt_weight[0] * d * (h * w if permutation is None else permutation[1])
+    b, h, w = x[:3]
+    return b * dt_weight[0] * dt_weight[1] * (h * w if permutation is None else permutation[1])
 
 
 def _ssd_products(heads: Shape, projection: Shape) -> int:

@@ -74,6 +74,10 @@ SCHEMAS = (
     "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
     "depthwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, int activation, bool need_x,"
     " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    # reverse: 0 or 1 for each direction.
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, int[] reverse, int activation) -> Tensor",
+    "causal_conv1d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, int[] reverse, int activation,"
+    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     # The instruction set of the compiled CPU kernels: default, neon, avx2 or avx512. Exists only where they are loaded.
     "cpu_capability() -> str",
 )

@@ -6,6 +6,7 @@ from mmvmamba.models.backbones.efficientvmamba import EfficientVMamba, Efficient
 from mmvmamba.models.backbones.mambaout import MambaOut, MambaOutArch
 from mmvmamba.models.backbones.mobilemamba import MobileMamba, MobileMambaArch
 from mmvmamba.models.backbones.msvmamba import MSVMamba, MSVMambaArch
+from mmvmamba.models.backbones.vim import Vim, VimArch
 from mmvmamba.models.backbones.vmamba import VMamba, VMambaArch
 from mmvmamba.models.backbones.vssd import VSSD, VSSDArch
 
@@ -16,6 +17,7 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "efficientvmamba": EfficientVMamba,
     "vssd": VSSD,
     "mambaout": MambaOut,
+    "vim": Vim,
     "mobilemamba": MobileMamba,
     "efficientvim": EfficientViM,
 }
@@ -36,4 +38,6 @@ __all__ = [
     "VMamba",
     "VMambaArch",
     "VSSDArch",
+    "Vim",
+    "VimArch",
 ]

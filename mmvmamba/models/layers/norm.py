@@ -34,6 +34,19 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the last dimension that computes in float32 in a half-precision model.
+
+    The result has the type of the input; see ``LayerNorm`` for why that may be wider than the weight.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised ``x`` (..., c)."""
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight = self.weight.to(accumulate)
+        return F.rms_norm(x.to(accumulate), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm of a channels-last map (b, h, w, c).
 

@@ -55,42 +55,31 @@ def depthwise_conv2d(
     computes it on channel-first maps with `torch.nn.Conv2d` and `torch.nn.SiLU`.
     """
     _check_tensors(x, weight, bias)
-    if activation not in ACTIVATIONS:
-        advice = "Leave it out for none." + nearest_spelling(str(activation), ACTIVATIONS)
-        checks.fail(_OP, "activation", f"is {activation!r}", " or ".join(map(repr, ACTIVATIONS)), advice)
-    code = ACTIVATIONS.index(activation)
+    code = activation_code(_OP, activation)
     chosen = choose_backend(backend, x.device, cpu_only=True)
-    tensors = _autocast(x, weight, bias)
+    x, weight, bias = checks.to_autocast(x, weight, bias)
+    tensors = (x, weight, bias)
     tangents = checks.carry_tangents(tensors)
     if tangents and chosen == ("compiled", True):
         checks.refuse_forward_mode(_OP, chosen.name)
-    _check_dtypes(*tensors)
+    checks.check_same_dtype(_OP, "x", x, {"weight": weight, "bias": bias})
     if tangents or chosen.name == "reference":
         return depthwise_conv2d_reference(*tensors, code)
     out: Tensor = torch.ops.mmvmamba.depthwise_conv2d(*tensors, code)
     return out
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the arguments in the dtype of autocast, where it is on."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-
-    def cast(value: Tensor) -> Tensor:
-        return value if value.dtype == torch.float64 else value.to(dtype)
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
+def activation_code(op: str, activation: str) -> int:
+    """Return the number by which the dispatcher's operators know an activation, or refuse what is none."""
+    if activation not in ACTIVATIONS:
+        advice = "Leave it out for none." + nearest_spelling(str(activation), ACTIVATIONS)
+        checks.fail(op, "activation", f"is {activation!r}", " or ".join(map(repr, ACTIVATIONS)), advice)
+    return ACTIVATIONS.index(activation)
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, value in tensors.items():
-        checks.check_tensor(_OP, name, value)
-        if value.dtype not in checks.OUT_DTYPES:
-            expected = "one of " + ", ".join(map(str, checks.OUT_DTYPES))
-            checks.fail(_OP, name, f"has dtype {value.dtype}", expected, "Cast it with .to().")
+    checks.check_floating(_OP, tensors)
     checks.check_rank(_OP, "x", x, "(b, h, w, d)")
     checks.check_rank(_OP, "weight", weight, "(d, 1, kh, kw)")
     d = x.shape[3]
@@ -106,11 +95,3 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         checks.check_shape(_OP, "bias", bias, "(d)", (d,))
     checks.check_devices(_OP, tensors)
-
-
-def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse mixed dtypes, as PyTorch's convolution does; autocast has done its work before."""
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            checks.fail(_OP, name, f"has dtype {value.dtype}", f"{x.dtype}, as 'x' has",
-                        f"Cast it with .to({x.dtype}), or run under torch.autocast.")  # fmt: skip

@@ -40,7 +40,8 @@ def scan2d(
     the projections are float64.
 
     Args:
-        x: Map (b, h, w, d).
+        x: Map (b, h, w, d), which all routes read, or a map for every route (b, h, w, k, d): route i scans
+            ``x[..., i, :]``.
         projections: Per pixel and route (b, h, w, k, r + 2 n): r step-size features, then n of B, then n of C.
         dt_weight: Step sizes from their r features (k, d, r).
         dt_bias: Added before softplus (k, d), or None.
@@ -63,7 +64,8 @@ def scan2d(
         BackendError: The named backend cannot run.
 
     Source: Liu et al., "VMamba" (arXiv 2401.10166); upstream classification/models/vmamba.py. Differences: the
-    projection to (dt, B, C) is outside, once per pixel; channels are last; any route, not four fixed ones.
+    projection to (dt, B, C) is outside, once per pixel; channels are last; any route, not four fixed ones. With a map
+    for every route: both directions of Vim (arXiv 2401.09417) at once, whose inputs are convolved each by itself.
     """
     accumulate = _check_tensors(x, projections, dt_weight, dt_bias, A, D)
     checks.check_flag(_OP, "delta_softplus", delta_softplus)
@@ -77,6 +79,16 @@ def scan2d(
     if tangents or runs_reference(chosen, x.device):
         pixels = routes_as_permutation(x, codes, permutation)
         return scan2d_reference(*tensors, pixels, delta_softplus).to(out_dtype)
+    if x.dim() == 5:  # composed until the kernels know maps of their own
+        parts = [
+            scan2d(
+                x[..., i, :], projections[..., i : i + 1, :], dt_weight[i : i + 1],
+                None if dt_bias is None else dt_bias[i : i + 1], A[i : i + 1], None if D is None else D[i : i + 1],
+                orders=orders[i : i + 1], delta_softplus=delta_softplus, out_dtype=accumulate, backend=backend,
+            )
+            for i in range(A.shape[0])
+        ]  # fmt: skip
+        return torch.stack(parts).sum(0).to(out_dtype)
     save_carries = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     operator = getattr(torch.ops.mmvmamba, _OP + operator_suffix(chosen, x.device))
     out, _ = operator(
@@ -97,10 +109,12 @@ def _check_tensors(
     for name, value in tensors.items():
         if value is not None:
             checks.check_tensor(_OP, name, value)
-    checks.check_rank(_OP, "x", x, "(b, h, w, d)")
+    per_route = x.dim() == 5
+    checks.check_rank(_OP, "x", x, "(b, h, w, k, d)" if per_route else "(b, h, w, d)")
     checks.check_rank(_OP, "A", A, "(k, d, n)")
     checks.check_rank(_OP, "dt_weight", dt_weight, "(k, d, r)")
-    b, h, w, d = x.shape
+    b, h, w = x.shape[:3]
+    d = x.shape[-1]
     k, _, n = A.shape
     r = dt_weight.shape[2]
     if k == 0 or n == 0:
@@ -108,7 +122,10 @@ def _check_tensors(
     if A.shape[1] == dt_weight.shape[1] != d:
         found = f"has {d} channels, shape {tuple(x.shape)}"
         advice = "Channels come last: a channel-first map needs x.permute(0, 2, 3, 1)."
-        checks.fail(_OP, "x", found, f"(b, h, w, d) with d = {A.shape[1]}, as A and dt_weight have", advice)
+        layout = "(b, h, w, k, d)" if per_route else "(b, h, w, d)"
+        checks.fail(_OP, "x", found, f"{layout} with d = {A.shape[1]}, as A and dt_weight have", advice)
+    if per_route:
+        checks.check_shape(_OP, "x", x, "(b, h, w, k, d)", (b, h, w, k, d))
     checks.check_shape(_OP, "A", A, "(k, d, n)", (k, d, n))
     checks.check_shape(_OP, "dt_weight", dt_weight, "(k, d, r)", (k, d, r))
     checks.check_shape(_OP, "projections", projections, "(b, h, w, k, r + 2 n)", (b, h, w, k, r + 2 * n))

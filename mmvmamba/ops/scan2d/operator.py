@@ -23,7 +23,7 @@ def routes_as_permutation(x: Tensor, orders: list[int], permutation: _Optional) 
     """Return the pixels every route visits (k, l), int64, whichever way they were given."""
     if permutation is not None:
         return permutation
-    _, h, w, _ = x.shape
+    h, w = x.shape[1:3]
     return torch.stack([order_to_permutation(ScanOrder(order), h, w, x.device) for order in orders])
 
 
@@ -56,9 +56,9 @@ def _carries_shape(x: Tensor, A: Tensor, permutation: _Optional, save_carries: b
     """(b, k, chunks, n, d), or nothing."""
     if not save_carries:
         return (0,)
-    b, h, w, d = x.shape
+    b, h, w = x.shape[:3]
     length = h * w if permutation is None else permutation.shape[1]
-    return (b, A.shape[0], chunk_count(length), A.shape[2], d)
+    return (b, A.shape[0], chunk_count(length), A.shape[2], A.shape[1])
 
 
 def _fake_forward(
@@ -66,7 +66,7 @@ def _fake_forward(
     orders: list[int], permutation: _Optional, delta_softplus: bool, out_dtype: torch.dtype, save_carries: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     carries = A.new_empty(_carries_shape(x, A, permutation, save_carries))
-    return x.new_empty(x.shape, dtype=out_dtype), carries
+    return x.new_empty((*x.shape[:3], x.shape[-1]), dtype=out_dtype), carries
 
 
 def _fake_backward(

@@ -25,7 +25,7 @@ def scan2d_reference(
     """Scan a map along every route and sum what the routes leave on each pixel.
 
     Args:
-        x: Map (b, h, w, d).
+        x: Map (b, h, w, d), or one for every route (b, h, w, k, d).
         projections: Per-pixel (b, h, w, k, r + 2 n), in order step size, B, C.
         dt_weight: From rank r to channels (k, d, r).
         dt_bias: (k, d) or None.
@@ -41,7 +41,8 @@ def scan2d_reference(
     classification/models/vmamba.py, ``forward_corev2``. Upstream projects the scanned copies; a projection is
     pointwise, so here it happens once per pixel, before the operator.
     """
-    b, h, w, d = x.shape
+    b, h, w = x.shape[:3]
+    d = x.shape[-1]
     k, length = permutation.shape
     scan_inputs, _ = _gather(x, projections, dt_weight, dt_bias, A, D, permutation)
     y, _ = selective_scan_reference(*scan_inputs, delta_softplus)
@@ -70,7 +71,8 @@ def scan2d_backward_reference(
         The gradients of x, projections, dt_weight, dt_bias, A, D in the precision of the computation; None where
         the argument is None.
     """
-    b, h, w, d = x.shape
+    b, h, w = x.shape[:3]
+    d = x.shape[-1]
     k, length = permutation.shape
     scan_inputs, dt = _gather(x, projections, dt_weight, dt_bias, A, D, permutation)
     dy = _visit(grad_out.to(dt.dtype), permutation).transpose(2, 3).reshape(b, k * d, length)
@@ -80,9 +82,9 @@ def scan2d_backward_reference(
         ddt = torch.einsum("bkdl,kdr->bklr", ddelta, dt_weight.to(dt.dtype))
         ddt_weight = torch.einsum("bkdl,bklr->kdr", ddelta, dt)
     dscanned = torch.cat([ddt, dB.transpose(2, 3), dC.transpose(2, 3)], -1)
-    # Routes have projections of their own, so each is put back by itself: (b, h w, k, r + 2 n)
-    dprojections = torch.stack([_scatter(dscanned[:, i : i + 1], permutation[i : i + 1], h * w) for i in range(k)], 2)
-    dx = _scatter(du.reshape(b, k, d, length).transpose(2, 3), permutation, h * w)
+    dprojections = _scatter_apart(dscanned, permutation, h * w)
+    scatter = _scatter_apart if x.dim() == 5 else _scatter
+    dx = scatter(du.reshape(b, k, d, length).transpose(2, 3), permutation, h * w)
     return (
         dx.view(x.shape),
         dprojections.view(projections.shape),
@@ -99,15 +101,12 @@ def _gather(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:  # fmt: skip
     """Return the arguments of the 1D scan over all routes, and the step-size features (b, k, l, r)."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    b, h, w, d = x.shape
-    k, _, r = dt_weight.shape
+    b = x.shape[0]
+    k, d, r = dt_weight.shape
     n = A.shape[2]
     length = permutation.shape[1]
-    u = _visit(x.to(accumulate), permutation)
-    per_route = projections.to(accumulate).reshape(b, h * w, k, r + 2 * n).unbind(2)
-    routes = permutation.unbind(0)
-    scanned = torch.stack([p.index_select(1, route) for p, route in zip(per_route, routes, strict=True)], 1)
-    dt, B, C = scanned.split([r, n, n], -1)  # (b, k, l, .)
+    u = (_visit_apart if x.dim() == 5 else _visit)(x.to(accumulate), permutation)
+    dt, B, C = _visit_apart(projections.to(accumulate), permutation).split([r, n, n], -1)  # (b, k, l, .)
     with full_precision(x.device):
         delta = torch.einsum("bklr,kdr->bkdl", dt, dt_weight.to(accumulate))
     scan_inputs = (
@@ -126,6 +125,19 @@ def _visit(per_pixel: Tensor, permutation: Tensor) -> Tensor:
     """Read a map (b, h, w, c) along every route: (b, k, l, c)."""
     b, h, w, c = per_pixel.shape
     return per_pixel.reshape(b, h * w, c).index_select(1, permutation.reshape(-1)).view(b, *permutation.shape, c)
+
+
+def _visit_apart(per_route: Tensor, permutation: Tensor) -> Tensor:
+    """Read maps (b, h, w, k, c), one for each route, along their routes: (b, k, l, c)."""
+    b, h, w, k, c = per_route.shape
+    maps = per_route.reshape(b, h * w, k, c).unbind(2)
+    return torch.stack([m.index_select(1, route) for m, route in zip(maps, permutation.unbind(0), strict=True)], 1)
+
+
+def _scatter_apart(per_visit: Tensor, permutation: Tensor, pixels: int) -> Tensor:
+    """Add the visits (b, k, l, c) to the pixels of their own route's map: (b, h w, k, c)."""
+    routes = range(permutation.shape[0])
+    return torch.stack([_scatter(per_visit[:, i : i + 1], permutation[i : i + 1], pixels) for i in routes], 2)
 
 
 def _scatter(per_visit: Tensor, permutation: Tensor, pixels: int) -> Tensor:
