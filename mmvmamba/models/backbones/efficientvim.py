@@ -31,12 +31,14 @@ from mmvmamba.models.layers import (
     ResidualDepthwise,
     check_choice,
     convolve_depthwise,
+    deployed,
     drop_path_schedule,
 )
 from mmvmamba.ops import ssd_read, ssd_state
 from mmvmamba.ops.ssd.heads import accumulation
 from mmvmamba.registry import MODELS
 
+_STATE, _READ = torch.ops.mmvmamba.ssd_state.default, torch.ops.mmvmamba.ssd_read.default
 OutType = Literal["featmap", "hidden_states"]
 OUT_TYPES: tuple[str, ...] = get_args(OutType)
 A_MIN, A_MAX = 1.0, 16.0
@@ -116,20 +118,50 @@ class HiddenStateMixer(nn.Module):
         self.dw = ChannelsLastConv2d(3 * state_dim, 3 * state_dim, 3, padding=1, groups=3 * state_dim, bias=False)
         self.hz_proj = PointwiseConv2d(channels, 2 * inner, bias=False)
         self.out_proj = PointwiseConv2d(inner, channels, bias=False)
+        #: Whether this is the deployment form.
+        self.folded = False
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters of its own that a recipe must not pull towards zero."""
         return {"A", "D"}
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the tokens read (b, h, w, c) and the hidden states (b, n, c) for a map ``x`` (b, h, w, c)."""
+    def fold_batch_norms(self) -> None:
+        """Lay the weights out as deployed operators read them. For `mmvmamba.models.deploy` alone."""
+        for conv in (self.BCdt_proj, self.hz_proj, self.out_proj):
+            deployed.in_operator_order(conv)
+        self.requires_grad_(False)
+        self.folded = True
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what the tokens read and the hidden states (b, n, c), before that, for a map ``x`` (b, h, w, c).
+
+        Args:
+            x: The map.
+            gate: What the channels of the former (b, h, w, c) are multiplied by (c,), or None.
+        """
+        if self.folded and deployed.runs_directly(x, self.BCdt_proj, self.dw, self.hz_proj, self.out_proj):
+            return self._directly(x, gate)
         projected = convolve_depthwise(self.dw, self.BCdt_proj(x)).flatten(1, 2)
         b_in, c_out, dt = projected.split(self.state_dim, dim=-1)
         tokens = x.flatten(1, 2)
         state = ssd_state(tokens.unsqueeze(2), None, self._written(dt, b_in).unsqueeze(2)).squeeze(1)
         hidden = self._mix(state.to(tokens.dtype))
-        out = ssd_read(hidden.unsqueeze(1), c_out.unsqueeze(2), out_dtype=tokens.dtype)
+        read = hidden if gate is None else hidden * gate
+        out = ssd_read(read.unsqueeze(1), c_out.unsqueeze(2), out_dtype=tokens.dtype)
         return out.reshape(x.shape), hidden
+
+    def _directly(self, x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what ``forward`` does, by the operators without their checks: those take longer than these maps do."""
+        b, h, w, c = x.shape
+        projected = deployed.convolve(deployed.convolve(x, self.BCdt_proj), self.dw).view(b, h * w, 3, self.state_dim)
+        b_in, c_out, dt = projected.unbind(2)
+        written = dt.softmax(1).mul_(b_in)
+        state = _STATE(x.view(b, h * w, 1, c), None, written.unsqueeze(2), False)
+        mixed, z = deployed.multiply_rows(state.view(-1, c), self.hz_proj).chunk(2, dim=-1)
+        hidden = deployed.multiply_rows(F.silu(z).add_(self.D).mul_(mixed), self.out_proj).view(b, -1, c)
+        read = hidden if gate is None else hidden * gate
+        out = _READ(read.unsqueeze(1), c_out.unsqueeze(2), False, x.dtype)
+        return out.view(x.shape), hidden
 
     def _written(self, dt: Tensor, b_in: Tensor) -> Tensor:
         """Return how much a token adds to a state, (b, l, n), of its time steps and projections of that shape."""
@@ -160,7 +192,10 @@ class EfficientViMBlock(Block):
 
     def __init__(self, channels: int, state_dim: int, arch: EfficientViMArch, drop_path: float) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.full((4, channels), ALPHA))
+        self.alpha: nn.Parameter | None = nn.Parameter(torch.full((4, channels), ALPHA))
+        #: In the deployment form what the gates of mixer and perceptron leave of x (2, c), and the former's gate (c,).
+        self.kept: nn.Parameter | None = None
+        self.gate: nn.Parameter | None = None
         self.mixer = HiddenStateMixer(channels, state_dim, arch.expansion)
         self.norm = LayerNorm(channels)
         self.dwconv1 = ConvBN(channels, channels, 3, groups=channels)
@@ -170,12 +205,38 @@ class EfficientViMBlock(Block):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the map (b, h, w, c) and the mixer's hidden states (b, n, c) for a map ``x`` (b, h, w, c)."""
+        if self.alpha is None:
+            return self._folded(x)
         gates = self.alpha.sigmoid().unbind(0)
         x = mix(x, self.dwconv1(x), gates[0])
         mixed, hidden = self.mixer(self.norm(x))
         x = mix(x, mixed, gates[1], self.drop_path)
         x = mix(x, self.dwconv2(x), gates[2])
         return mix(x, self.ffn(x), gates[3], self.drop_path), hidden
+
+    def _folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same in the deployment form, where the gates are in the weights as far as they can be."""
+        of_mixer, of_ffn = cast("nn.Parameter", self.kept).unbind(0)
+        x = self.dwconv1(x)
+        mixed, hidden = self.mixer(self.norm(x), self.gate)
+        x = self.dwconv2(torch.addcmul(mixed, x, of_mixer))
+        return torch.addcmul(self.ffn(x), x, of_ffn), hidden
+
+    @torch.no_grad()
+    def fold_batch_norms(self) -> None:
+        """Make the gates parts of the folded convolutions. For `mmvmamba.models.deploy` alone."""
+        alpha = cast("nn.Parameter", self.alpha)
+        gates = alpha.double().sigmoid()
+        for layer, gate in ((self.dwconv1, gates[0]), (self.dwconv2, gates[2]), (self.ffn.fc2, gates[3])):
+            conv = layer.conv
+            for parameter in conv.parameters():
+                parameter.copy_(parameter * gate.view(-1, *[1] * (parameter.ndim - 1)))
+            if layer is not self.ffn.fc2:
+                conv.weight[:, 0, 1, 1] += (1 - gate).to(conv.weight.dtype)
+        self.kept = nn.Parameter((1 - gates[1::2]).to(alpha.dtype), requires_grad=False)
+        self.gate = nn.Parameter(gates[1].to(alpha.dtype), requires_grad=False)
+        self.alpha = None
+        self.norm.requires_grad_(False)
 
 
 class Downsample(nn.Module):
