@@ -7,7 +7,8 @@ product counts 1 (`torch.utils.flop_counter` would say 2), a norm 5 per entry, a
 upsampling 4, a pooling 1; activations, sums and products per entry count nothing. A selective scan counts
 9 b l d n + b d l, with d channels over all routes, as the authors of Mamba advise
 (https://github.com/state-spaces/mamba/issues/110); its step sizes are a product like any other. `mmvmamba.ops.flops`
-counts the same scans for PyTorch's counter, by another convention.
+counts the same scans for PyTorch's counter, by another convention. A deformable aggregation counts 36 per channel and
+pixel, which is four corners of nine points and what HRVMamba's published numbers come to.
 
 A two-stage detector is counted with a fixed number of proposals: random weights would find another number each time.
 Its mask heads see 100 of them, as in mmdet's own count of Mask R-CNN. Not counted are RoIAlign, NMS and the auxiliary
@@ -246,6 +247,10 @@ def _per_entry(x: Tensor, *_rest: Any, out: Tensor, **_options: Any) -> int:  # 
     return x.numel()
 
 
+def _weighted_bags(table: Tensor, rows: Tensor, *_rest: Any, out: Any, **_options: Any) -> int:  # noqa: ARG001
+    return rows.numel() * table.shape[1]
+
+
 def scan_count(positions: int, d_state: int) -> int:
     """Return the count of a selective scan over ``positions``, which is entries times routes, channels and length."""
     return positions * (9 * d_state + 1)
@@ -280,6 +285,8 @@ FORMULAS: dict[Any, Formula] = {
     _aten.upsample_nearest2d: _per_result,
     _aten._adaptive_avg_pool2d: _per_entry,
     _aten.mean: _per_entry,  # what pooling to one pixel comes down to
+    _aten._embedding_bag: _weighted_bags,
+    _aten._embedding_bag_forward_only: _weighted_bags,
     **{getattr(torch.ops.mmvmamba, twin("selective_scan", suffix)): _selective_scan for suffix in TWINS},
     **{getattr(torch.ops.mmvmamba, twin("scan2d", suffix)): _scan2d for suffix in TWINS},
 }

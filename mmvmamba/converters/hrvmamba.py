@@ -229,14 +229,19 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(f"hrvmamba {form}: extra is missing, expected upstream's dict of four stages. Add it.")
     out_indices = kwargs.pop("out_indices", None)
     options = _upstream_hrvmamba(**kwargs, se_lpu=word == "se_lpu")
+    multiscale = kwargs["extra"]["stage4"].get("multiscale_output", form != "backbone_pose")
+    if form != "backbone_pose" and not multiscale:
+        raise ConfigError(
+            f"extra['stage4']: multiscale_output is {multiscale!r}, expected True or nothing for form {form!r}, whose "
+            "neck needs all branches. Remove it."
+        )
     if form in CLASSIFIERS:
         backbone = HRVMamba(**options, out_indices=(3,), out_norms=False)
         classes = kwargs.get("num_classes")
         return build_classifier(backbone, options["arch"].neck_out_dim, 1000 if classes is None else classes)
     every = tuple(range(len(STAGES)))
     if form == "backbone_pose":
-        of_pose = every if kwargs["extra"]["stage4"].get("multiscale_output", False) else (0,)
-        return HRVMamba(**options, out_indices=out_indices or of_pose, out_type="branches")
+        return HRVMamba(**options, out_indices=out_indices or (every if multiscale else (0,)), out_type="branches")
     bare = form == "backbone" and "neck_channels" in kwargs and kwargs["neck_channels"] is None
     return HRVMamba(
         **options, out_indices=out_indices or every, out_type="branches" if bare else "fused", out_norms=True
@@ -261,22 +266,24 @@ def _pair(ours: str, conv: str, norm: str) -> tuple[tuple[str, str], tuple[str, 
 
 
 def _bottleneck(ours: str, theirs: str) -> list[tuple[str, str]]:
-    pairs = [_pair(f"{ours}.conv{k}", f"{theirs}.conv{k}", f"{theirs}.bn{k}") for k in (1, 2, 3)]
-    pairs.append(_pair(f"{ours}.shortcut", f"{theirs}.downsample.0", f"{theirs}.downsample.1"))
-    return [template for pair in pairs for template in pair]
+    shortcut = _pair(f"{ours}.shortcut", f"{theirs}.downsample.0", f"{theirs}.downsample.1")
+    return [*_pair(f"{ours}.conv#", f"{theirs}.conv#", f"{theirs}.bn#"), *shortcut]
 
 
 def _templates() -> list[tuple[str, str]]:
-    """Return all pairs (our name, upstream's); # is a number, @ a field of a batch norm, $ the rest of a block."""
+    """Return all pairs (our name, upstream's): # is a number, = the first one again, @ a field of a norm, $ of a block.
+
+    They are tried in order.
+    """
     pairs: list[tuple[str, str]] = []
     for k in (0, 1):
         pairs += _pair(f"patch_embed.{k}", f"conv{k + 1}", f"bn{k + 1}")
     pairs += _bottleneck("layers.0.blocks.#", "layer1.#")
+    # The branch that a stage begins has one level more than those that go on.
+    pairs += _pair("layers.#.transition.=", "transition#.=.0.0", "transition#.=.0.1")
+    pairs += _pair("layers.#.transition.#", "transition#.#.0", "transition#.#.1")
     for s in _LATER:
         theirs, ours = f"stage{s + 1}.#", f"layers.{s}.units.#"
-        for branch in range(s + 1):
-            new = f"transition{s}.{branch}" + (".0" if branch == s else "")
-            pairs += _pair(f"layers.{s}.transition.{branch}", f"{new}.0", f"{new}.1")
         pairs.append((f"{ours}.branches.#.#.$", f"{theirs}.branches.#.#.$"))
         pairs += _pair(f"{ours}.fuse.#.#", f"{theirs}.fuse_layers.#.#.0", f"{theirs}.fuse_layers.#.#.1")
         for k in (0, 1):
@@ -288,16 +295,24 @@ def _templates() -> list[tuple[str, str]]:
     return pairs
 
 
+def _pattern(template: str) -> str:
+    pattern = re.escape(template).replace(r"\#", r"(\d+)").replace("=", r"\1")
+    return pattern.replace("@", f"({AFFINE})").replace(r"\$", f"({_BLOCK})")
+
+
 def _rule(source: str, target: str) -> Rule:
     """Return the renaming of one template to another, which has the same placeholders in the same order."""
-    pattern = re.escape(source).replace(r"\#", r"(\d+)").replace("@", f"({AFFINE})").replace(r"\$", f"({_BLOCK})")
     numbers = iter(range(1, 10))
-    return Rule(pattern, re.sub(r"[#@$]", lambda _: rf"\{next(numbers)}", target))
+    return Rule(_pattern(source), re.sub(r"[#@$]", lambda _: rf"\{next(numbers)}", target).replace("=", r"\1"))
 
 
 _UPSTREAM_TRUNK = tuple(_rule(theirs, ours) for ours, theirs in _templates())
-_OWN_TRUNK = tuple(_rule(ours, ours) for ours, _ in _templates())
-_TRUNK = (*_UPSTREAM_TRUNK, *_OWN_TRUNK)
+_TO_UPSTREAM = tuple(_rule(ours, theirs) for ours, theirs in _templates())
+#: One pattern, for there is nothing to rename.
+_OWN = "|".join(
+    rule.pattern.replace("(", "(?:").replace("(?:?:", "(?:") for rule in _TO_UPSTREAM if r"\1" not in rule.pattern
+)
+_TRUNK = (*_UPSTREAM_TRUNK, Rule(f"({_OWN})", r"\1"))
 _HEAD_OF_CLASSIFIER = r"head\..*"
 _HEAD = Rule(r"head\.(weight|bias)", r"head.fc.\1")
 _OWN_HEAD = Rule(r"head\.fc\.(weight|bias)", r"head.fc.\1")
@@ -341,7 +356,6 @@ def _knows(form: str, name: str) -> bool:
     return known_to((*_TRUNK, *own), name)
 
 
-_TO_UPSTREAM = tuple(_rule(ours, theirs) for ours, theirs in _templates())
 _OP_ORDER = (
     *("x_proj_weight", "A_logs", "Ds", "dt_projs_weight", "dt_projs_bias"),
     *("out_norm", "in_proj", "conv2d", "se", "out_proj"),

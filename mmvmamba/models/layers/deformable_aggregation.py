@@ -11,11 +11,13 @@ code: the map is the table, its rows are the channels of one group of one pixel.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -88,9 +90,10 @@ def deformable_aggregation(x: Tensor, offset_mask: Tensor, groups: int) -> Tenso
         BackendError: If the map is on a GPU and torchvision is not installed.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext():
         narrow = offset_mask[..., : PER_GROUP * groups].to(dtype)
-        if x.device.type == "cuda":
+        if device == "cuda":
             y = aggregate_by_convolution(x.to(dtype), narrow, groups)
         elif torch.is_grad_enabled() and _is_plain():
             y = _Aggregate.apply(x.to(dtype), narrow, groups)

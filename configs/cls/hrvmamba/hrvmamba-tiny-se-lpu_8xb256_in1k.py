@@ -1,0 +1,16 @@
+"""HRVMamba-T, 300 epochs on ImageNet-1k at 256x256, 8 GPUs x 256 images.
+
+The blocks are those of upstream's file that builds this size. Its newest weights, in Google Drive, may be of the plain
+form, ``arch="tiny-plain"``, as upstream's pose models are; only the names in the file can tell:
+https://drive.google.com/file/d/18MnK9b-Ip7RLevdAzzPBFNIe_BNHg2Ry/view
+"""
+
+_base_ = "./hrvmamba-small_8xb128_in1k.py"
+
+model = dict(backbone=dict(arch="tiny-se-lpu"))
+
+# 5e-4 for every 512 images.
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+auto_scale_lr = dict(base_batch_size=2048)
+
+train_dataloader = dict(batch_size=256)
