@@ -248,7 +248,7 @@ def _cells(entries: Sequence[ModelEntry]) -> list[str]:
         size = [f"{cls.metadata['Parameters'] / 1e6:.1f} M", f"{cls.metadata['FLOPs'] / 1e9:.2f} G at {image}"]
     found: dict[str, Any] = {}
     # Mask R-CNN and UPerNet first; what stands for another detector or segmentor says so.
-    for entry in sorted(entries, key=_maker):
+    for entry in sorted(entries, key=lambda entry: (_maker(entry) != "", -_best(entry))):
         plain = {
             name: value for result in entry.results if not result.setting for name, value in result.metrics.items()
         }
@@ -256,6 +256,11 @@ def _cells(entries: Sequence[ModelEntry]) -> list[str]:
             found |= {name: f"{value}{_maker(entry)}" for name, value in plain.items()}
     names = ("Top 1 Accuracy", "box AP", "mask AP", "mIoU")
     return [*size, *(str(found.get(name, "-")) for name in names)]
+
+
+def _best(entry: ModelEntry) -> float:
+    """Return the largest published number of a config, 0 without any."""
+    return max((value for result in entry.results for value in result.metrics.values()), default=0.0)
 
 
 def _maker(entry: ModelEntry) -> str:
