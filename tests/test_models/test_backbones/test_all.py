@@ -26,7 +26,8 @@ PARITY = Path(__file__).parents[2] / "data" / "parity"
 
 def _with_batch_norms(backbone, **options):
     """Return a small model with batch norms, or None where the family has none."""
-    if any(field.name == "norm" for field in dataclasses.fields(backbone("nano").arch)):
+    fields = {field.name for field in dataclasses.fields(backbone("nano").arch)}
+    if fields >= {"norm", "dims", "depths"}:
         return backbone(dict(dims=[8, 16], depths=[1, 1], norm="batch_norm"), **options, out_indices=(1,))
     model = backbone("nano", **options)
     return model if any(isinstance(module, BatchNorm) for module in model.modules()) else None
