@@ -133,8 +133,10 @@ Gradients backward(const Tensor& grad_out_, const Tensor& weight, const std::opt
   a.dweight = need_weight ? mutable_data<T>(dweight) : nullptr;
   a.dbias = need_bias ? mutable_data<T>(dbias) : nullptr;
   if (need_x || need_weight || need_bias) in.run(kernels<T>().causal_conv_backward);
-  return {dx, need_weight ? as_gradient(turned<T>(sum_partials<T>(dweight)), weight) : in.empty({0}),
-          need_bias ? as_gradient(sum_partials<T>(dbias), *bias) : in.empty({0})};
+  return {
+      dx,
+      need_weight ? as_gradient(turned<T>(sum_partials<T>(dweight)), weight) : torch::stable::new_empty(weight, {0}),
+      need_bias ? as_gradient(sum_partials<T>(dbias), *bias) : torch::stable::new_empty(weight, {0})};
 }
 
 Gradients causal_conv1d_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,

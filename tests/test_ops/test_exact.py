@@ -189,6 +189,8 @@ def single_route_sample(seed: int) -> tuple[Sample, torch.Tensor]:
         if value is not None and name not in ("x", "projections"):
             sample.tensors[name] = value[:1]
     sample.tensors["projections"] = projections[..., :1, :]
+    if x.dim() == 5:  # a map for every route
+        sample.tensors["x"] = x[..., :1, :]
     sample.options["orders"] = route[None]
     return sample, route
 
@@ -214,7 +216,7 @@ def test_scan2d_isolates_a_nan(backend: str) -> None:
     for seed in range(100):
         sample, route = single_route_sample(seed)
         x = sample.tensors["x"].contiguous()
-        b, pixels, d = seed % x.shape[0], x.shape[1] * x.shape[2], (7 * seed) % x.shape[3]
+        b, pixels, d = seed % x.shape[0], x.shape[1] * x.shape[2], (7 * seed) % x.shape[-1]
         t = (5 * seed) % pixels
         poisoned = x.clone()
         poisoned.view(x.shape[0], pixels, -1)[b, route[t], d] = float("nan")
