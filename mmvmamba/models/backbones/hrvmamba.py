@@ -41,6 +41,7 @@ from mmvmamba.models.layers.activation import Activation
 from mmvmamba.models.layers.deformable_aggregation import DeformableAggregation
 from mmvmamba.models.layers.fused_block import fused_tail, fused_tail_dtype
 from mmvmamba.models.layers.high_resolution import EXPANSION, Bottleneck, HighResolutionModule, ScaleFusion
+from mmvmamba.models.layers.mixed_depthwise import MixedDepthwise
 from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.patch import image_to_channels_last
 from mmvmamba.models.layers.ssm_init import SSMInit
@@ -189,14 +190,13 @@ class HRVSSBlock(Block):
 
     def __init__(self, channels: int, arch: HRVMambaArch, drop_path: float) -> None:
         super().__init__()
-        quarter = channels // len(KERNELS)
-        self.cpe1 = _depthwise(channels, 3) if arch.se_lpu else None
-        self.conv2d = nn.ModuleList(_depthwise(quarter, kernel) for kernel in KERNELS)
+        self.cpe1 = _depthwise(channels) if arch.se_lpu else None
+        self.conv2d = MixedDepthwise(channels, KERNELS)
         self.norm0 = LayerNorm(channels)
         self.conv_act = nn.GELU()
         self.norm = LayerNorm(channels)
         self.op = (SqueezedSS2D if arch.se_lpu else DeformableSS2D)(channels, arch)
-        self.cpe2 = _depthwise(channels, 3) if arch.se_lpu else None
+        self.cpe2 = _depthwise(channels) if arch.se_lpu else None
         self.norm2 = LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * arch.mlp_ratio), arch.mlp_act, arch.mlp_dropout)
         self.drop_path = DropPath(drop_path)
@@ -216,10 +216,7 @@ class HRVSSBlock(Block):
     def _convolve(self, x: Tensor) -> Tensor:
         """Convolve a quarter of the channels each of ``x`` (b, h, w, c) with another kernel and mix their order."""
         normed = self.norm0(x if self.cpe1 is None else x + convolve_depthwise(self.cpe1, x))
-        parts = zip(self.conv2d, normed.chunk(len(KERNELS), dim=-1), strict=True)
-        # The first channels of all quarters come first, then the second ones.
-        shuffled = torch.stack([convolve_depthwise(conv, part) for conv, part in parts], dim=-1).flatten(-2)
-        return cast("Tensor", self.conv_act(shuffled))
+        return cast("Tensor", self.conv_act(self.conv2d(normed)))
 
     def _keeps_all(self) -> bool:
         """Whether the stochastic depth passes everything on, without anybody watching it."""
@@ -432,5 +429,5 @@ class HRVMamba(BaseBackbone):
         return own_norms, drop
 
 
-def _depthwise(channels: int, kernel: int) -> ChannelsLastConv2d:
-    return ChannelsLastConv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+def _depthwise(channels: int) -> ChannelsLastConv2d:
+    return ChannelsLastConv2d(channels, channels, 3, padding=1, groups=channels)
