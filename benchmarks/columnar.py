@@ -55,7 +55,9 @@ def conv(leaves: Leaves) -> Tensor:
 def core(leaves: Leaves) -> Tensor:
     """Convolve, project and scan in both directions with our operators: (b, 1, l, d)."""
     maps = conv(leaves)
-    projections = [F.linear(u, weight) for u, weight in zip(maps.unbind(2), leaves["x_proj"], strict=True)]
+    # PyTorch's gradient of a weight takes seconds where the rows it is multiplied with lie apart.
+    inputs = [u.contiguous() for u in maps.unbind(2)]
+    projections = [F.linear(u, weight) for u, weight in zip(inputs, leaves["x_proj"], strict=True)]
     return scan2d(
         maps.unsqueeze(1), torch.stack(projections, 2).unsqueeze(1),
         *(leaves[name] for name in ("dt_weight", "dt_bias", "A", "D")), orders=(ScanOrder.ROW, ScanOrder.ROW_REVERSED),

@@ -181,7 +181,7 @@ struct MapSums {
 
   template <typename T>
   explicit MapSums(const MapProblem<T>& p)
-      : out(p.x.size()),
+      : out(p.grad_out.size()),
         dx(p.x.size()),
         dprojections(p.projections.size()),
         ddt_weight(p.k * p.d * p.r),
