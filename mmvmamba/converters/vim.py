@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -39,7 +39,8 @@ from mmvmamba.converters.hierarchical import (
     translate,
 )
 from mmvmamba.errors import ConfigError
-from mmvmamba.models.backbones.columnar import image_size, quarters
+from mmvmamba.models.backbones.columnar import ClassToken, image_size, quarters
+from mmvmamba.models.backbones.two_stream import LastFeature
 from mmvmamba.models.backbones.vim import ARCHS, Vim, VimArch
 from mmvmamba.models.necks import FourScalePyramid, SimpleFeaturePyramid
 
@@ -174,7 +175,7 @@ _OF_CLASSIFIER: dict[str, Any] = dict(
 )
 
 
-def _place(form: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+def _place(form: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> ClassToken:
     """Return where the class token stands."""
     if not own["if_cls_token"]:
         return "none"
@@ -226,7 +227,7 @@ def _seg(kwargs: Mapping[str, Any]) -> nn.Module:
     if own["in_chans"] is not None:
         common["channels"] = own["in_chans"]
     residual = bool(own["use_residual_as_feature"])
-    last = translate("last_layer_process", own["last_layer_process"], _LAST)
+    last = cast("LastFeature", translate("last_layer_process", own["last_layer_process"], _LAST))
     backbone = Vim(
         **_options("backbone_seg", common),
         cls_token="none",  # noqa: S106 (no password)
@@ -252,7 +253,7 @@ def _det(kwargs: Mapping[str, Any]) -> nn.Module:
     common, own = _take("backbone_det", kwargs, own_defaults)
     if own["in_chans"] is not None:
         common["channels"] = own["in_chans"]
-    last = translate("last_layer_process", own["last_layer_process"], _LAST)
+    last = cast("LastFeature", translate("last_layer_process", own["last_layer_process"], _LAST))
     if last == "normed":
         raise ConfigError(
             f"vim backbone_det: last_layer_process is {own['last_layer_process']!r}, expected 'add' or 'none': "

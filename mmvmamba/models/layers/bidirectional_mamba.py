@@ -8,6 +8,7 @@ never flipped (the second direction convolves and scans backwards in place), and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 from mmvmamba.errors import ConfigError
 from mmvmamba.models.layers.linear import Linear
+from mmvmamba.models.layers.observers import is_unobserved
+from mmvmamba.models.layers.onednn import is_traced, linear
 from mmvmamba.models.layers.ssm_init import init_dt_bias_
 from mmvmamba.ops import ScanOrder, causal_conv1d, scan2d
 from mmvmamba.ops.ssd.heads import accumulation
@@ -96,10 +99,27 @@ class BidirectionalMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``x`` (b, l, c) to (b, l, c)."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self.scan(u) * F.silu(z)
-        out: Tensor = self.out_proj(y / 2 if self.halve else y)
+        u, z = self._project_in(x)
+        y = self._gated(self.scan(u), z)
+        out: Tensor = self.out_proj(y)
         return out if self.gamma is None else out * self.gamma
+
+    def _project_in(self, x: Tensor) -> Sequence[Tensor]:
+        """Return what is scanned and the gate (b, l, e) of tokens ``x`` (b, l, c)."""
+        plain = type(self.in_proj) is Linear and is_unobserved(self.in_proj)
+        if plain and not is_traced() and torch.is_grad_enabled():
+            # One product each: the backward pass of a split would copy the gradient of the whole wide map.
+            return [linear(x, weight) for weight in self.in_proj.weight.chunk(2)]
+        return self.in_proj(x).chunk(2, dim=-1)
+
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """Return the sum of the scans ``y`` times the gate ``z`` (b, l, e), halved if so set."""
+        gate = F.silu(z)
+        if torch.is_grad_enabled() or is_traced():
+            y = y * gate
+            return y / 2 if self.halve else y
+        y = gate.mul_(y)
+        return y.div_(2) if self.halve else y
 
     def scan(self, u: Tensor) -> Tensor:
         """Convolve and scan ``u`` (b, l, e), half of a wider map, in both directions; the sum (b, l, e)."""
