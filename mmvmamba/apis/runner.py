@@ -148,6 +148,9 @@ def _random_start(cfg: Config) -> list[Note]:
     Some official ImageNet weights have no address that a recipe could name (MSVMamba, EfficientVMamba).
     """
     backbone = (cfg.get("model") or {}).get("backbone") or {}
+    key = "model.backbone"
+    if "backbone" in backbone and "init_cfg" not in backbone:  # an adapter, whose trunk has the weights
+        backbone, key = backbone["backbone"], f"{key}.backbone"
     kind = backbone.get("type")
     if cfg.default_scope == "mmpretrain" or cfg.get("load_from") or "init_cfg" in backbone:
         return []
@@ -155,8 +158,8 @@ def _random_start(cfg: Config) -> list[Note]:
         return []
     text = (
         f"The backbone {kind} starts from random weights: the config names none. With a file of ImageNet weights: "
-        "--cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE. "
-        "model.backbone.init_cfg=None says that random weights are meant."
+        f"--cfg-options {key}.init_cfg.type=Pretrained {key}.init_cfg.checkpoint=FILE. "
+        f"{key}.init_cfg=None says that random weights are meant."
     )
     return [Note(text, logging.WARNING)]
 

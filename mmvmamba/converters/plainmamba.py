@@ -6,6 +6,7 @@ Its classifiers are models of MMClassification, so their entries are ``backbone.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from mmvmamba.converters.hierarchical import (
     refuse_out_norms,
     refuse_pretrained,
     released_arguments,
+    translate,
     without,
 )
 from mmvmamba.errors import CheckpointMismatch, ConfigError
@@ -76,26 +78,14 @@ def _upstream_plainmamba(
         options = PlainMambaArch(
             dim=embed_dims,
             depth=num_layers,
-            drop_path_rate=drop_path_rate,
             num_convs=num_convs_patch_embed,
             dwconv_layers=tuple(layers_with_dwconv),
             patch_size=patch_size,
-            use_pos_embed=with_pos_embed,
             **_mixer(layer_cfgs),
         )
-    elif str(arch).lower() in _VARIANTS:
-        released = ARCHS[str(arch).lower()]
-        # The others of these arguments have no effect upstream where a variant is named.
-        options = PlainMambaArch(
-            released.dim,
-            released.depth,
-            drop_path_rate,
-            released.num_convs,
-            released.dwconv_layers,
-            use_pos_embed=with_pos_embed,
-        )
-    else:
-        raise ConfigError(f"arch is {arch!r}, expected one of {', '.join(_VARIANTS).upper()} or None. Write one.")
+    else:  # the arguments above have no effect upstream where a variant is named
+        options = ARCHS[translate("arch", arch, {name: name for name in _VARIANTS})]
+    options = dataclasses.replace(options, drop_path_rate=drop_path_rate, use_pos_embed=with_pos_embed)
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
     return dict(
         arch=options,
@@ -189,8 +179,7 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
         # Upstream's detectors say so; its adapter calls no norm behind the layers.
         trunk = {"final_norm": False, **{name: value for name, value in kwargs.items() if name in _TRUNK_ARGUMENTS}}
         options = _upstream_plainmamba(**trunk)
-        last = options["arch"].depth - 1
-        options["out_indices"] = tuple(sorted({*options["out_indices"], last}))
+        options["out_indices"] = _with_last(options)
         own = {name: value for name, value in kwargs.items() if name in _ADAPTER_ARGUMENTS}
         return ViTAdapter(
             PlainMamba(**options), **upstream_adapter(**own), drop_path_rate=kwargs.get("drop_path_rate", 0.0)
@@ -198,8 +187,13 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
     options = _upstream_plainmamba(**kwargs)
     if form != "classifier":
         return PlainMamba(**options)
-    options["out_indices"] = (options["arch"].depth - 1,)
+    options["out_indices"] = _with_last(options)
     return build_classifier(PlainMamba(**options), options["arch"].dim, num_classes)
+
+
+def _with_last(options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the out indices and the last layer: upstream has norms of outputs also where nobody uses these."""
+    return tuple(sorted({*options["out_indices"], options["arch"].depth - 1}))
 
 
 # ---------------------------------------------------------------- state dicts

@@ -91,7 +91,8 @@ def test_the_name_is_the_variant(path):
         assert "init_cfg" not in backbone
         return
     if backbone is not cfg.model.backbone:
-        channels = channels[-1:] * 4  # an adapter makes four maps of one
+        # An adapter makes four maps of one; some detectors leave out the finest.
+        channels = channels[-1:] * len(cfg.model.backbone.get("out_indices", range(4)))
     if "neck" in cfg.model:
         necks = cfg.model.neck if isinstance(cfg.model.neck, list) else [cfg.model.neck]
         parts = necks[:1]

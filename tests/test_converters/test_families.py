@@ -188,6 +188,7 @@ def test_a_classifier_starts_the_feature_extractor_of_the_same_arguments(family,
         if not meta["form"].endswith("classifier") or "permutations" in meta["kwargs"]:
             continue
         form = meta["form"].replace("classifier", "backbone")
+        out_indices = [i for i in out_indices if i < meta["kwargs"].get("num_layers", 3)]
         backbone = from_upstream(family, form, {**meta["kwargs"], "out_indices": out_indices})
         with np.load(path.with_suffix(".npz")) as data:
             state = {name[3:]: torch.from_numpy(data[name]).float() for name in data.files if name.startswith("sd:")}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,8 @@ from mmvmamba.models.layers.deformable_attention import DeformableAttention, cel
 from mmvmamba.registry import MODELS
 
 pytest.importorskip("mmcv", reason="the attention is mmcv's")
-PARITY = Path(__file__).parents[1] / "data" / "parity" / "plainmamba"
+ROOT = Path(__file__).parents[2]
+PARITY = ROOT / "tests" / "data" / "parity" / "plainmamba"
 TRUNK = dict(type="mmvmamba.PlainMamba", arch="nano", final_norm=False, out_norms=False)
 SMALL = dict(spatial_channels=8, num_heads=4)
 
@@ -206,6 +210,19 @@ def test_norm_eval_and_foreign_norms():
     assert not model.norm1.training and not model.spm.stem[1].training and model.backbone.patch_embed.stem[1].training
     with pytest.raises(ConfigError, match="became SyncBatchNorm"):
         convert_sync_batchnorm(_adapter(norm="batch_norm")).train()
+
+
+def test_synchronised_norms_of_two_processes(tmp_path):
+    """Of one and of three images: output, gradients and running statistics are those of one norm of all four."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    script = Path(__file__).parent / "synchronised_norm.py"
+    command = [sys.executable, "-W", "ignore", "-m", "mmvmamba.loopback", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("same*")} == {"same0", "same1"}
 
 
 def test_no_weight_decay_and_learning_rates_of_layers():

@@ -391,6 +391,8 @@ class PlainMamba(ColumnarBackbone):
 
     def fit_tokens(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Resize the position embedding of a checkpoint to this model's; leave out the final norm if this has none."""
+        if f"{prefix}cls_token" in state_dict:
+            return  # no PlainMamba: it stays what it is, for whoever refuses it to tell
         super().fit_tokens(state_dict, prefix)
         if self.ln1 is None:
             for field in ("weight", "bias"):

@@ -99,7 +99,8 @@ def _pixels(size: tuple[int, int, int], weight: Tensor, stride: tuple[int, int],
 
 def _windows(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """Copy all windows of the zero-padded map (b, h, w, c): (b * h' * w', kh * kw, c)."""
-    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    if padding != (0, 0):  # F.pad would copy the map all the same
+        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     # Both come out behind the channels: (b, h', w', c, kh, kw).
     windows = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, kernel[0] * kernel[1], x.shape[3])

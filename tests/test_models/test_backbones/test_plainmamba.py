@@ -227,7 +227,7 @@ def test_options_without_a_meaning_are_refused():
             PlainMamba(arch)
     with pytest.raises(ConfigError, match="use_rms_norm is True"):
         from_upstream("plainmamba", "backbone_seg", dict(layer_cfgs=dict(use_rms_norm=True)))
-    with pytest.raises(ConfigError, match="arch is 'L4'"):
+    with pytest.raises(ConfigError, match="arch is 'L4', expected one of 'l1'"):
         from_upstream("plainmamba", "backbone_seg", dict(arch="L4"))
 
 
