@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases import BACKWARD, FORWARD, SCAN, SEQUENCE, Case, build_problem
 from benchmarks.contestants import contestants
@@ -40,7 +41,7 @@ from benchmarks.gate_logic import (
 )
 from benchmarks.harness import DisagreementError, cpu_facts, gemm, instruction_set
 from benchmarks.ops import check_all, runner
-from mmvmamba.ops import depthwise_conv2d
+from mmvmamba.ops import causal_conv1d, depthwise_conv2d
 from mmvmamba.testing import assert_close
 
 FILE = Path(__file__).with_name("gate.json")
@@ -80,32 +81,38 @@ _SHAPES = (
 )
 
 
-def _convolution(passes: str) -> GateCase:
+def _convolution(
+    name: str, operator: Callable[..., Tensor], shapes: Sequence[tuple[int, ...]], passes: str
+) -> GateCase:
+    """Return a case of a convolution; ``shapes`` are those of its three tensors and of its output."""
+
     def build() -> Runs:
         torch.manual_seed(0)
-        tensors = [torch.randn(1, 28, 28, 192), torch.randn(192, 1, 3, 3), torch.randn(192)]
+        *tensors, grad_out = (torch.randn(shape) for shape in shapes)
         leaves = [tensor.requires_grad_(passes == BACKWARD) for tensor in tensors]
-        x, weight, bias = leaves
-        grad_out = torch.randn(1, 28, 28, 192)
 
         def run(backend: str) -> Callable[[], object]:
             def call() -> object:
-                out = depthwise_conv2d(x, weight, bias, activation="silu", backend=backend)
+                out = operator(*leaves, activation="silu", backend=backend)
                 return torch.autograd.grad(out, leaves, grad_out) if passes == BACKWARD else (out,)
 
             return call
 
         runs = {OURS: run("compiled"), REFERENCE: run("reference"), GEMM: gemm()}
         for ours, reference in zip(runs[OURS](), runs[REFERENCE](), strict=True):  # type: ignore[call-overload]
-            assert_close("depthwise_conv2d", ours, reference.double(), 1e-5)
+            assert_close(operator.__name__, ours, reference.double(), 1e-5)
         return runs
 
-    return GateCase(f"depthwise_conv2d 28x28x192, {passes}", build)
+    return GateCase(f"{name}, {passes}", build)
 
 
+_CONVOLUTIONS = (
+    ("depthwise_conv2d 28x28x192", depthwise_conv2d, ((1, 28, 28, 192), (192, 1, 3, 3), (192,), (1, 28, 28, 192))),
+    ("causal_conv1d 197x384", causal_conv1d, ((1, 197, 384), (2, 384, 4), (2, 384), (1, 197, 2, 384))),
+)
 CASES: tuple[GateCase, ...] = (
     *(_operator(case, boundary, passes) for case, boundary in _SHAPES for passes in (FORWARD, BACKWARD)),
-    *(_convolution(passes) for passes in (FORWARD, BACKWARD)),
+    *(_convolution(*case, passes) for case in _CONVOLUTIONS for passes in (FORWARD, BACKWARD)),
 )
 """An operator of another kind adds ``GateCase(name, build)``; ``build`` checks, then returns the three functions."""
 

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "causal_conv.hh"
 #include "depthwise_conv.hh"
 #include "run_kernels.hh"
 #include "ssd.hh"
@@ -57,6 +58,11 @@ std::vector<Expected> scalar(const MapProblem<T>& problem) {
 template <typename T>
 std::vector<Expected> scalar(const ConvProblem<T>& problem) {
   return scalar_depthwise_conv(problem);
+}
+
+template <typename T>
+std::vector<Expected> scalar(const CausalProblem<T>& problem) {
+  return scalar_causal_conv(problem);
 }
 
 template <typename T>
@@ -160,8 +166,10 @@ void check_kind(double kind, Checker& checker, Random& random) {
     checker.check<T>(ScanProblem<T>(random), random);
   } else if (kind < 0.8) {
     checker.check<T>(SsdProblem<T>(random), random);
-  } else {
+  } else if (kind < 0.9) {
     checker.check<T>(ConvProblem<T>(random), random);
+  } else {
+    checker.check<T>(CausalProblem<T>(random), random);
   }
 }
 

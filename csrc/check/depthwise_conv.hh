@@ -70,6 +70,10 @@ struct StoredMap {
   }
 };
 
+inline Bound bound_of_stored(Element storage, Bound unrounded) {
+  return storage == Element::kSame ? unrounded : storage == Element::kBFloat16 ? Bound::kBFloat16 : Bound::kFloat16;
+}
+
 template <typename T>
 struct ConvProblem {
   int64_t b, h, w, d, kh, kw, bands;
@@ -114,9 +118,7 @@ struct ConvProblem {
   }
 
   // Of a result that is stored as the map is.
-  Bound bound(Bound unrounded) const {
-    return storage == Element::kSame ? unrounded : storage == Element::kBFloat16 ? Bound::kBFloat16 : Bound::kFloat16;
-  }
+  Bound bound(Bound unrounded) const { return bound_of_stored(storage, unrounded); }
 };
 
 // Index of pixel (y, x) of map b, or -1 in the padding.
@@ -177,15 +179,14 @@ int64_t task_count(const Kernels<T>& kernels, const ConvProblem<T>& p) {
   return p.b * p.bands * kernels.depthwise_conv_blocks(p.d);
 }
 
-// A dense map of the type of storage that a kernel writes.
+// A dense tensor of the type of storage that a kernel writes.
 template <typename T>
 struct Written {
   Element storage;
   Buffer<T> numbers;
   Buffer<uint16_t> bits;
 
-  Written(const ConvProblem<T>& p, unsigned char pattern) : storage(p.storage) {
-    const int64_t size = p.b * p.h * p.w * p.d;
+  Written(Element storage_, int64_t size, unsigned char pattern) : storage(storage_) {
     if (storage == Element::kSame)
       numbers = Buffer<T>(size, 0, pattern);
     else
@@ -203,7 +204,9 @@ struct Written {
 template <typename T>
 Results<T> run(const Kernels<T>& kernels, const ConvProblem<T>& p, const Execution& execution) {
   const int64_t slices = p.b * p.bands, taps = p.kh * p.kw, tasks = task_count(kernels, p);
-  Written<T> out(p, execution.pattern), again(p, execution.pattern), dx(p, execution.pattern);
+  const int64_t size = p.b * p.h * p.w * p.d;
+  Written<T> out(p.storage, size, execution.pattern), again(p.storage, size, execution.pattern);
+  Written<T> dx(p.storage, size, execution.pattern);
   Buffer<T> dweight(p.need_weight ? slices * taps * p.d : 0, 0, execution.pattern);
   Buffer<T> dbias(p.need_bias ? slices * p.d : 0, 0, execution.pattern);
   DepthwiseConvArgs<T> args{};

@@ -245,7 +245,7 @@ struct ScanProblem {
 template <typename T>
 struct MapProblem {
   int64_t b, h, w, d, k, r, n, l;
-  bool softplus, has_D, has_bias, has_permutation;
+  bool softplus, has_D, has_bias, has_permutation, per_route;
   Values values;
   double slack;
   Buffer<T> x, projections, dt_weight, dt_bias, A, D, grad_out;
@@ -267,12 +267,13 @@ struct MapProblem {
     has_D = random.chance(0.7);
     has_bias = random.chance(0.7);
     has_permutation = random.chance(0.4);
+    per_route = random.chance(0.3);
     values = pick_values(random);
     choose_routes(random);
     InputMaker<T> inputs(random, values);
     const int64_t pixels = b * h * w;
     const double scale = softplus ? 1 : 0.3;
-    x = inputs.make(pixels * d, 1);
+    x = inputs.make(pixels * maps() * d, 1);
     projections = inputs.make(pixels * k * (r + 2 * n), scale);
     dt_weight = inputs.make(k * d * r, scale / std::sqrt(r + 1.0));
     dt_bias = inputs.maybe(has_bias, k * d, 0.5);
@@ -285,6 +286,9 @@ struct MapProblem {
     projections_element = inputs.pick_element(projections, projections_bits);
     grad_element = inputs.pick_element(grad_out, grad_bits);
   }
+
+  // Of x, beside each other at every pixel.
+  int64_t maps() const { return per_route ? k : 1; }
 
   // Named orders, or rows of pixel indices: permutations, parts of them, or any with repeats.
   void choose_routes(Random& random) {
@@ -319,9 +323,9 @@ struct MapProblem {
     return "scan2d b=" + std::to_string(b) + " h=" + std::to_string(h) + " w=" + std::to_string(w) +
            " d=" + std::to_string(d) + " k=" + std::to_string(k) + " r=" + std::to_string(r) +
            " n=" + std::to_string(n) + " l=" + std::to_string(l) + (softplus ? " softplus" : "") + (has_D ? " D" : "") +
-           (has_bias ? " dt_bias" : "") + (has_permutation ? " permutation" : " orders") + ", x " + name_of(x_element) +
-           ", projections " + name_of(projections_element) + ", grad_out " + name_of(grad_element) + ", " +
-           name_of(values) + " values";
+           (has_bias ? " dt_bias" : "") + (has_permutation ? " permutation" : " orders") +
+           (per_route ? ", a map for each route" : "") + ", x " + name_of(x_element) + ", projections " +
+           name_of(projections_element) + ", grad_out " + name_of(grad_element) + ", " + name_of(values) + " values";
   }
 };
 

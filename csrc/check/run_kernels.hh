@@ -129,7 +129,7 @@ Results<T> run(const Kernels<T>& kernels, const MapProblem<T>& p, const Executio
   const int64_t blocks = parts(p.d, kernels.block_width(p.d)), map = p.h * p.w, features = p.r + 2 * p.n;
   const int64_t tasks = task_count(kernels, p), scratch = kernels.workspace(p.n, p.r);
   auto empty = [&](int64_t count) { return Buffer<T>(count, 0, execution.pattern); };
-  Buffer<T> out = empty(p.b * map * p.d), plain = empty(p.b * map * p.d), dx = empty(p.b * map * p.d);
+  Buffer<T> out = empty(p.b * map * p.d), plain = empty(p.b * map * p.d), dx = empty(p.x.size());
   Buffer<T> carries = empty(p.b * p.k * parts(p.l, kChunk) * p.n * p.d);
   Buffer<T> dprojections = empty(blocks * p.b * map * p.k * features), ddt_weight = empty(p.b * p.k * p.d * p.r);
   Buffer<T> ddt_bias = empty(p.has_bias ? p.b * p.k * p.d : 0), dA = empty(p.b * p.k * p.d * p.n);
@@ -151,6 +151,8 @@ Results<T> run(const Kernels<T>& kernels, const MapProblem<T>& p, const Executio
   args.rank = p.r;
   args.states = p.n;
   args.length = p.l;
+  args.x_pixel = p.maps() * p.d;
+  args.x_route = p.per_route ? p.d : 0;
   args.delta_softplus = p.softplus;
   args.out = plain.data();
   run_tasks(kernels.scan2d, args, tasks, scratch, execution);

@@ -190,6 +190,12 @@ struct MapSums {
         dD(p.k * p.d) {}
 };
 
+// Index of a channel of x that a route reads.
+template <typename T>
+int64_t map_element(const MapProblem<T>& p, int64_t pixel, int64_t route, int64_t c) {
+  return (pixel * p.maps() + (p.per_route ? route : 0)) * p.d + c;
+}
+
 template <typename T>
 ChannelScan gather_channel(const MapProblem<T>& p, int64_t b, int64_t route, int64_t c) {
   ChannelScan s(p.n, p.l);
@@ -200,7 +206,7 @@ ChannelScan gather_channel(const MapProblem<T>& p, int64_t b, int64_t route, int
   for (int64_t i = 0; i < p.n; ++i) s.A[i] = p.A[parameter * p.n + i];
   for (int64_t t = 0; t < p.l; ++t) {
     const int64_t pixel = b * p.h * p.w + visited_pixel(p, route, t), row = (pixel * p.k + route) * features;
-    s.u[t] = p.x[pixel * p.d + c];
+    s.u[t] = p.x[map_element(p, pixel, route, c)];
     s.dy[t] = p.grad_out[pixel * p.d + c];
     s.raw[t] = p.has_bias ? p.dt_bias[parameter] : T(0);
     for (int64_t j = 0; j < p.r; ++j)
@@ -221,7 +227,7 @@ void add_channel(const MapProblem<T>& p, int64_t b, int64_t route, int64_t c, co
   for (int64_t t = 0; t < p.l; ++t) {
     const int64_t pixel = b * p.h * p.w + visited_pixel(p, route, t), row = (pixel * p.k + route) * features;
     sums.out[pixel * p.d + c] += s.y[t];
-    sums.dx[pixel * p.d + c] += s.du[t];
+    sums.dx[map_element(p, pixel, route, c)] += s.du[t];
     sums.ddt_bias[parameter] += s.draw[t];
     for (int64_t j = 0; j < p.r; ++j) {
       sums.dprojections[row + j] += s.draw[t] * p.dt_weight[parameter * p.r + j];

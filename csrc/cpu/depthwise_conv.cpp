@@ -15,26 +15,6 @@ namespace {
 // Codes of the activation; Activation in mmvmamba/ops/depthwise_conv/interface.py.
 constexpr int64_t kNone = 0, kSilu = 1;
 
-Element storage_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-    case ScalarType::Double:
-      return Element::kSame;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "mmvmamba::depthwise_conv2d: the map must be float32, float64, bfloat16 or float16");
-  }
-}
-
-// As as_input, but a parameter that is as wanted costs no trip through the dispatcher: small maps take microseconds.
-template <typename T>
-Tensor as_parameter(const Tensor& tensor) {
-  return tensor.scalar_type() == kScalarType<T> && tensor.is_contiguous() ? tensor : as_input<T>(tensor);
-}
-
 // The map itself where its channels lie beside each other, else a contiguous copy.
 Tensor with_dense_channels(const Tensor& map) {
   STD_TORCH_CHECK(map.dim() == 4, "mmvmamba::depthwise_conv2d: maps must be (b, h, w, d)");
@@ -78,7 +58,7 @@ struct Inputs {
     args.kernel_height = weight_.size(2);
     args.kernel_width = weight_.size(3);
     args.silu = activation == kSilu;
-    args.storage = storage_of(x);
+    args.storage = storage_of(x, "mmvmamba::depthwise_conv2d: the map");
     blocks = kernels<T>().depthwise_conv_blocks(args.channels);
   }
 
@@ -111,13 +91,7 @@ struct Inputs {
 
   void run(void (*kernel)(const DepthwiseConvArgs<T>&, int64_t, int64_t, T*)) const {
     if (empty_map()) return;
-    // A multiple of the alignment, as std::aligned_alloc demands.
-    const size_t bytes = (kernels<T>().depthwise_conv_workspace(args) * sizeof(T) + 63) / 64 * 64;
-    torch::stable::parallel_for(0, slices() * blocks, 1, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<T, decltype(&std::free)> memory(static_cast<T*>(std::aligned_alloc(64, bytes)), &std::free);
-      STD_TORCH_CHECK(memory != nullptr, "mmvmamba: out of memory for ", bytes, " bytes of scratch");
-      kernel(args, begin, end, memory.get());
-    });
+    run_with_scratch<T>(kernel, args, slices() * blocks, kernels<T>().depthwise_conv_workspace(args));
   }
 };
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "chunk.h"
-#include "convert.h"
+#include "convolution.h"
 #include "kernels.h"
 
 namespace mmvmamba {
@@ -93,19 +93,6 @@ struct ConvTask {
   MMVMAMBA_INLINE int64_t lanes(int64_t v) const { return min_of(kLanes<T>, count - v * kLanes<T>); }
 };
 
-template <typename T, typename S>
-MMVMAMBA_INLINE Vec<T> load_lanes(const S* p, int64_t lanes) {
-  return lanes == kLanes<T> ? load_as<T>(p) : load_part<T>(p, lanes);
-}
-
-template <typename T, typename S>
-MMVMAMBA_INLINE void store_lanes(S* p, Vec<T> v, int64_t lanes) {
-  if (lanes == kLanes<T>)
-    store_as<T>(p, v);
-  else
-    store_part<T>(p, v, lanes);
-}
-
 // Start a task: its weights, and zeros in the rings where the padding to the left and right stays.
 template <typename T>
 MMVMAMBA_INLINE void prepare(const DepthwiseConvArgs<T>& a, const ConvScratch<T>& s, const ConvTask<T>& task) {
@@ -183,30 +170,6 @@ MMVMAMBA_INLINE void convolve_row(const KernelSize<T, K>& size, const T* ring, i
   for (; column < width; ++column) convolve_columns<T, K, 1>(size, ring, row, first, weight, bias, column, emit);
 }
 
-// 1 / (1 + exp(-z)). Below the limit silu is 0 to the last bit that matters, and exp would leave its range.
-MMVMAMBA_INLINE Vec<float> logistic(Vec<float>& z) {
-  z = at_least(z, -88.0f);
-  return 1.0f / (exp2_bounded<true>(z * static_cast<float>(-kLog2E)) + 1.0f);
-}
-
-MMVMAMBA_INLINE Vec<double> logistic(Vec<double>& z) {
-  z = at_least(z, -708.0);
-  return 1.0 / (exp_vec<double>(-z) + 1.0);
-}
-
-template <typename T>
-MMVMAMBA_INLINE Vec<T> silu(Vec<T> z) {
-  const Vec<T> s = logistic(z);
-  return z * s;
-}
-
-// Derivative of silu: s (1 + z (1 - s)) with s the logistic function.
-template <typename T>
-MMVMAMBA_INLINE Vec<T> silu_slope(Vec<T> z) {
-  const Vec<T> s = logistic(z);
-  return s * (z * (T(1) - s) + T(1));
-}
-
 template <typename T, typename S, int K, bool SILU>
 void depthwise_conv_tasks(const DepthwiseConvArgs<T>& a, int64_t begin, int64_t end, T* memory) {
   const ConvScratch<T> s(memory, a);
@@ -233,29 +196,7 @@ void depthwise_conv_tasks(const DepthwiseConvArgs<T>& a, int64_t begin, int64_t 
   }
 }
 
-// The sum over a row of dz times x, or of dz alone where x is null; its order depends on the width only.
-template <typename T>
-MMVMAMBA_INLINE Vec<T> sum_row(const T* dz, const T* x, int64_t width) {
-  Vec<T> sum[4] = {};
-  int64_t column = 0;
-  for (; column + 4 <= width; column += 4)
-    for (int i = 0; i < 4; ++i) {
-      const Vec<T> value = load(dz + (column + i) * kLanes<T>);
-      sum[i] += x ? value * load(x + (column + i) * kLanes<T>) : value;
-    }
-  for (; column < width; ++column) {
-    const Vec<T> value = load(dz + column * kLanes<T>);
-    sum[0] += x ? value * load(x + column * kLanes<T>) : value;
-  }
-  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
-}
-
-template <typename T>
-MMVMAMBA_INLINE void add_to(T* p, Vec<T> value) {
-  store<T>(p, load(p) + value);
-}
-
-// The same for ROWS rows of a 3x3 kernel at once, of x and of dweight alike, which loads dz once.
+// sum_row for ROWS rows of a 3x3 kernel at once, of x and of dweight alike, which loads dz once.
 template <typename T, int ROWS>
 MMVMAMBA_INLINE void add_3x3_gradient(const T* dz, const T* const (&x)[ROWS], int64_t width, T* dweight) {
   constexpr int64_t L = kLanes<T>;

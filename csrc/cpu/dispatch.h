@@ -75,17 +75,45 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// The type in memory of an input that a kernel of type float or double converts as it reads.
+inline Element storage_of(const Tensor& tensor, const char* what) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+      return Element::kSame;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, what, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// As as_input, but a parameter that is as wanted costs no trip through the dispatcher: small maps take microseconds.
+template <typename T>
+Tensor as_parameter(const Tensor& tensor) {
+  return tensor.scalar_type() == kScalarType<T> && tensor.is_contiguous() ? tensor : as_input<T>(tensor);
+}
+
 // Run `kernel` over tasks 0 .. count - 1 in parallel, each thread with scratch memory of its own.
 template <typename T, typename Args>
-void run_tasks(void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& args, int64_t count, int64_t rank) {
-  const int64_t elements = kernels<T>().workspace(args.states, rank);
+void run_with_scratch(void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& args, int64_t count,
+                      int64_t elements) {
+  // Scratch rows are read and written by whole vectors: keep them within cache lines. A multiple of the alignment, as
+  // std::aligned_alloc demands.
+  const size_t bytes = (elements * sizeof(T) + 63) / 64 * 64;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    // Scratch rows are read and written by whole vectors: keep them within cache lines.
-    std::unique_ptr<T, decltype(&std::free)> memory(static_cast<T*>(std::aligned_alloc(64, elements * sizeof(T))),
-                                                    &std::free);
-    STD_TORCH_CHECK(memory != nullptr, "mmvmamba: out of memory for ", elements * sizeof(T), " bytes of scratch");
+    std::unique_ptr<T, decltype(&std::free)> memory(static_cast<T*>(std::aligned_alloc(64, bytes)), &std::free);
+    STD_TORCH_CHECK(memory != nullptr, "mmvmamba: out of memory for ", bytes, " bytes of scratch");
     kernel(args, begin, end, memory.get());
   });
+}
+
+// The same for the scans.
+template <typename T, typename Args>
+void run_tasks(void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& args, int64_t count, int64_t rank) {
+  run_with_scratch<T>(kernel, args, count, kernels<T>().workspace(args.states, rank));
 }
 
 // out[i] = partial[0][i] + partial[1][i] + ..., in that order whatever the number of threads.

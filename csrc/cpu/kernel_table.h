@@ -1,6 +1,7 @@
 // Builds the table of one instruction set; included last by kernels_<instruction set>.cpp.
 #pragma once
 
+#include "causal_conv_impl.h"
 #include "depthwise_conv_impl.h"
 #include "scan2d_impl.h"
 #include "selective_scan_impl.h"
@@ -44,6 +45,10 @@ Kernels<T> make_kernels() {
   kernels.depthwise_conv_workspace = depthwise_conv_workspace<T>;
   kernels.depthwise_conv = depthwise_conv_by_storage<T>;
   kernels.depthwise_conv_backward = depthwise_conv_backward_by_storage<T>;
+  kernels.causal_conv_blocks = causal_conv_blocks<T>;
+  kernels.causal_conv_workspace = causal_conv_workspace<T>;
+  kernels.causal_conv = causal_conv_by_storage<T>;
+  kernels.causal_conv_backward = causal_conv_backward_by_storage<T>;
   kernels.ssd_workspace = ssd_workspace<T>;
   kernels.ssd_state = ssd_state_tasks<T>;
   kernels.ssd_read = ssd_read_tasks<T>;

@@ -64,7 +64,7 @@ struct SelectiveScanArgs {
 
 template <typename T>
 struct Scan2dArgs {
-  Input<T> x;                  // (b, h w, d)
+  Input<T> x;                  // (b, h w, d), or a map for each route (b, h w, k, d)
   Input<T> projections;        // (b, h w, k, r + 2 n)
   const T* dt_weight;          // (k, d, r)
   const T* dt_bias;            // (k, d) or null
@@ -73,11 +73,13 @@ struct Scan2dArgs {
   const int64_t* orders;       // (k) ScanOrder codes, or null
   const int64_t* permutation;  // (k, l) pixel indices, or null
   int64_t batch, height, width, channels, routes, rank, states, length;
+  int64_t x_pixel,
+      x_route;  // elements of x, and of dx, from pixel to pixel and from route to route: d and 0, or k d, d
   bool delta_softplus;
   T* out;             // forward: (b, h w, d)
   T* carries;         // (b, k, chunks, n, d): written by the forward unless null, read by the backward
   Input<T> grad_out;  // backward: (b, h w, d)
-  T* dx;              // (b, h w, d)
+  T* dx;              // as x
   // Partial sums, as above.
   T* dprojections;  // (blocks, b, h w, k, r + 2 n)
   T* ddt_weight;    // (b, k, d, r)
@@ -107,6 +109,30 @@ struct DepthwiseConvArgs {
   // Partial sums, one slice per map and band, added up in index order afterwards.
   T* dweight;  // (b bands, kh kw, d) or null
   T* dbias;    // (b bands, d) or null
+};
+
+// Sequences (b, l, d), or results (b, l, k, d), whose channels lie beside each other; the strides count elements.
+struct SequenceView {
+  const void* data;
+  int64_t batch_stride, position_stride, direction_stride;
+};
+
+template <typename T>
+struct CausalConvArgs {
+  SequenceView x;          // (b, l, d)
+  const T* weight;         // (k, taps, d): the last tap meets the position itself
+  const T* bias;           // (k, d) or null
+  const int64_t* reverse;  // (k): 1 where the taps before the last meet later positions, 0 where earlier ones
+  int64_t batch, length, channels, directions, taps;
+  int64_t bands;  // every sequence is cut into so many stretches of positions
+  bool silu;
+  Element storage;
+  void* out;              // forward: (b, l, k, d)
+  SequenceView grad_out;  // backward: (b, l, k, d)
+  void* dx;               // (b, l, d) or null
+  // Partial sums, one slice per sequence and band, added up in index order afterwards.
+  T* dweight;  // (b bands, k, taps, d) or null
+  T* dbias;    // (b bands, k, d) or null
 };
 
 // Rows (b, l, heads, width) whose last axis lies together; the strides count elements.
@@ -180,6 +206,11 @@ struct Kernels {
   int64_t (*depthwise_conv_workspace)(const DepthwiseConvArgs<T>&);  // scratch of one thread, in elements
   void (*depthwise_conv)(const DepthwiseConvArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
   void (*depthwise_conv_backward)(const DepthwiseConvArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  // A task is one band of positions of one sequence and one block of channels, blocks counted fastest.
+  int64_t (*causal_conv_blocks)(int64_t channels);             // tasks per band
+  int64_t (*causal_conv_workspace)(const CausalConvArgs<T>&);  // scratch of one thread, in elements
+  void (*causal_conv)(const CausalConvArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
+  void (*causal_conv_backward)(const CausalConvArgs<T>&, int64_t task_begin, int64_t task_end, T* workspace);
   // A task is one range of positions of one batch entry and one group of heads, groups counted fastest.
   int64_t (*ssd_workspace)(const SsdArgs<T>&);  // scratch of one thread, in elements
   // Sums over positions of b_in (x weight), or of c_out grad_out where grad_out is there.

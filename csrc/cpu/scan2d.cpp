@@ -46,13 +46,18 @@ struct Inputs {
         dt_bias(as_input<T>(dt_bias_)),
         D(as_input<T>(D_)),
         routes(routes_) {
-    STD_TORCH_CHECK(x.dim() == 4 && A.dim() == 3 && dt_weight.dim() == 3,
-                    "mmvmamba::scan2d: x must be (b, h, w, d), A (k, d, n), dt_weight (k, d, r)");
+    const bool per_route = x.dim() == 5;
+    STD_TORCH_CHECK((x.dim() == 4 || per_route) && A.dim() == 3 && dt_weight.dim() == 3,
+                    "mmvmamba::scan2d: x must be (b, h, w, d) or (b, h, w, k, d), A (k, d, n), dt_weight (k, d, r)");
     args.batch = x.size(0);
     args.height = x.size(1);
     args.width = x.size(2);
-    args.channels = x.size(3);
+    args.channels = x.size(x.dim() - 1);
     args.routes = A.size(0);
+    STD_TORCH_CHECK(!per_route || x.size(3) == args.routes,
+                    "mmvmamba::scan2d: one map of x (b, h, w, k, d) for each route of A is needed");
+    args.x_pixel = per_route ? args.routes * args.channels : args.channels;
+    args.x_route = per_route ? args.channels : 0;
     args.states = A.size(2);
     args.rank = dt_weight.size(2);
     args.delta_softplus = delta_softplus;
@@ -122,10 +127,10 @@ template <typename T>
 Gradients backward(const Tensor& grad_out_, Inputs<T> in, const Tensor& carries_) {
   auto& a = in.args;
   const Tensor grad_out = as_rows<T>(grad_out_), carries = as_input<T>(carries_);
-  STD_TORCH_CHECK(
-      grad_out.numel() == in.x.numel() && carries.numel() == a.batch * a.routes * in.chunks * a.states * a.channels,
-      "mmvmamba::scan2d_backward: grad_out or carries do not belong to the inputs");
-  Tensor dx = in.empty({a.batch, a.height, a.width, a.channels});
+  STD_TORCH_CHECK(grad_out.numel() == a.batch * a.height * a.width * a.channels &&
+                      carries.numel() == a.batch * a.routes * in.chunks * a.states * a.channels,
+                  "mmvmamba::scan2d_backward: grad_out or carries do not belong to the inputs");
+  Tensor dx = in.empty(std::vector<int64_t>(in.x.sizes().begin(), in.x.sizes().end()));
   Tensor dprojections = in.empty({in.blocks, a.batch, a.height, a.width, a.routes, a.rank + 2 * a.states});
   Tensor ddt_weight = in.empty({a.batch, a.routes, a.channels, a.rank});
   Tensor dA = in.empty({a.batch, a.routes, a.channels, a.states});

@@ -50,6 +50,12 @@ MMVMAMBA_INLINE void visited_pixels(const Scan2dArgs<T>& a, int64_t route, int64
   }
 }
 
+// Element of x, or of dx, where the block of channels of a route's pixel 0 begins.
+template <typename T>
+MMVMAMBA_INLINE int64_t first_element(const Scan2dArgs<T>& a, const MapTask<T>& task, int64_t route) {
+  return task.batch * a.height * a.width * a.x_pixel + route * a.x_route + task.first;
+}
+
 // Routes along columns and permutations read lines that no hardware prefetcher foresees; ask for those of the next
 // chunk.
 MMVMAMBA_INLINE void prefetch_rows(const void* map, int64_t element_size, int64_t first, int64_t channels,
@@ -69,10 +75,10 @@ template <typename T, int NV>
 MMVMAMBA_INLINE void gather_chunk(const Scan2dArgs<T>& a, Scratch<T>& s, const MapTask<T>& task, int64_t route,
                                   const int64_t* pixels, int64_t steps) {
   constexpr int64_t block = NV * kLanes<T>;
-  const int64_t map = a.height * a.width, features = a.rank + 2 * a.states;
+  const int64_t map = a.height * a.width, features = a.rank + 2 * a.states, first = first_element(a, task, route);
   for (int64_t t = 0; t < steps; ++t) {
     const int64_t pixel = task.batch * map + pixels[t];
-    s.u[t] = input_row(a.x, pixel * a.channels + task.first, s.u_rows + t * block, task.width, block);
+    s.u[t] = input_row(a.x, first + pixels[t] * a.x_pixel, s.u_rows + t * block, task.width, block);
     s.dt[t] = input_row(a.projections, (pixel * a.routes + route) * features, s.feature_rows + t * s.features, features,
                         features);
     s.B[t] = s.dt[t] + a.rank;
@@ -93,7 +99,8 @@ MMVMAMBA_INLINE void clear_map(T* map, int64_t pixels, int64_t channels, int64_t
   for (int64_t pixel = 0; pixel < pixels; ++pixel) fill(map + pixel * channels, width, T(0));
 }
 
-// Whether the first route may overwrite what a block of the map holds: it writes whole rows, each exactly once.
+// Whether the first route, or each on a map of its own, may overwrite what a block of the map holds: it writes whole
+// rows, each exactly once.
 template <typename T>
 MMVMAMBA_INLINE bool first_route_overwrites(const Scan2dArgs<T>& a, const MapTask<T>& task, int64_t block) {
   const bool every_pixel = a.permutation == nullptr && a.length == a.height * a.width;
@@ -121,7 +128,8 @@ MMVMAMBA_INLINE void scan2d_route(const Scan2dArgs<T>& a, Scratch<T>& s, const M
       const int64_t next_steps = min_of(kChunk, a.length - start - kChunk);
       visited_pixels(a, route, start + kChunk, next_steps, next_pixels);
       const int64_t first = task.batch * map * a.channels + task.first;
-      prefetch_rows(a.x.data, element_size(a.x), first, a.channels, block, next_pixels, next_steps);
+      prefetch_rows(a.x.data, element_size(a.x), first_element(a, task, route), a.x_pixel, block, next_pixels,
+                    next_steps);
       if (add) prefetch_rows(a.out, sizeof(T), first, a.channels, block, next_pixels, next_steps);
     }
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
@@ -150,10 +158,9 @@ void scan2d_tasks(const Scan2dArgs<T>& a, int64_t begin, int64_t end, T* memory)
 template <typename T, int NV>
 MMVMAMBA_INLINE void scatter_gradients(const Scan2dArgs<T>& a, Scratch<T>& s, const MapTask<T>& task, int64_t route,
                                        const int64_t* pixels, int64_t steps) {
-  const int64_t map = a.height * a.width, features = a.rank + 2 * a.states;
+  const int64_t map = a.height * a.width, features = a.rank + 2 * a.states, first = first_element(a, task, route);
   if (task.width != NV * kLanes<T>)
-    for (int64_t t = 0; t < steps; ++t)
-      add_row(a.dx + (task.batch * map + pixels[t]) * a.channels + task.first, s.du[t], task.width);
+    for (int64_t t = 0; t < steps; ++t) add_row(a.dx + first + pixels[t] * a.x_pixel, s.du[t], task.width);
   transpose(s.dfeature_rows, s.features, s.dfeatures, kChunk, s.features, kChunk);
   T* target = a.dprojections + ((task.block * a.batch + task.batch) * map * a.routes + route) * features;
   for (int64_t t = 0; t < steps; ++t)
@@ -164,7 +171,7 @@ template <typename T, int NV>
 MMVMAMBA_INLINE void scan2d_route_backward(const Scan2dArgs<T>& a, Scratch<T>& s, const MapTask<T>& task, int64_t route,
                                            bool add) {
   constexpr int64_t block = NV * kLanes<T>;
-  const int64_t chunks = ceil_div(a.length, kChunk), map = a.height * a.width;
+  const int64_t chunks = ceil_div(a.length, kChunk), map = a.height * a.width, x_first = first_element(a, task, route);
   const bool whole = task.width == block;
   int64_t pixels[kChunk], next_pixels[kChunk];
   load_route<T, NV, true>(a, s, task, route);
@@ -176,15 +183,15 @@ MMVMAMBA_INLINE void scan2d_route_backward(const Scan2dArgs<T>& a, Scratch<T>& s
     if (chunk > 0) {
       visited_pixels(a, route, start - kChunk, kChunk, next_pixels);
       const int64_t first = task.batch * map * a.channels + task.first;
-      prefetch_rows(a.x.data, element_size(a.x), first, a.channels, block, next_pixels, kChunk);
+      prefetch_rows(a.x.data, element_size(a.x), x_first, a.x_pixel, block, next_pixels, kChunk);
       prefetch_rows(a.grad_out.data, element_size(a.grad_out), first, a.channels, block, next_pixels, kChunk);
-      if (add) prefetch_rows(a.dx, sizeof(T), first, a.channels, block, next_pixels, kChunk);
+      if (add) prefetch_rows(a.dx, sizeof(T), x_first, a.x_pixel, block, next_pixels, kChunk);
     }
     gather_chunk<T, NV>(a, s, task, route, pixels, steps);
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t at = (task.batch * map + pixels[t]) * a.channels + task.first;
       s.dy[t] = input_row(a.grad_out, at, s.dy_rows + t * block, task.width, block);
-      s.du[t] = whole ? a.dx + at : s.du_rows + t * block;
+      s.du[t] = whole ? a.dx + x_first + pixels[t] * a.x_pixel : s.du_rows + t * block;
     }
     const int64_t carry = ((task.batch * a.routes + route) * chunks + chunk) * a.states;
     for (int64_t n = 0; n < a.states; ++n)
@@ -208,11 +215,12 @@ void scan2d_backward_tasks(const Scan2dArgs<T>& a, int64_t begin, int64_t end, T
   const int64_t map = a.height * a.width, features = a.routes * (a.rank + 2 * a.states);
   for (int64_t index = begin; index < end; ++index) {
     const MapTask<T> task(a, index, block);
-    const bool overwrites = first_route_overwrites(a, task, block);
-    if (!overwrites) clear_map(a.dx + task.batch * map * a.channels + task.first, map, a.channels, task.width);
+    const bool overwrites = first_route_overwrites(a, task, block), apart = a.x_route != 0;
+    for (int64_t route = 0; !overwrites && route < (apart ? a.routes : 1); ++route)
+      clear_map(a.dx + first_element(a, task, route), map, a.x_pixel, task.width);
     fill(a.dprojections + (task.block * a.batch + task.batch) * map * features, map * features, T(0));
     for (int64_t route = 0; route < a.routes; ++route)
-      scan2d_route_backward<T, NV>(a, s, task, route, route > 0 || !overwrites);
+      scan2d_route_backward<T, NV>(a, s, task, route, (route > 0 && !apart) || !overwrites);
   }
 }
 

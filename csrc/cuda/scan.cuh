@@ -38,8 +38,9 @@ struct Divider {
 };
 
 struct ScanArgs {
-  // Inputs: x (b, pixels, d) and projections (b, pixels, slots, features) in the type of the kernel; delta (b, pixels,
-  // d), only where step sizes are given and not projected. slots is routes * groups, of which one is 1.
+  // Inputs: x (b, pixels, d), or a map for each route (b, pixels, routes, d), and projections (b, pixels, slots,
+  // features) in the type of the kernel; delta (b, pixels, d), only where step sizes are given and not projected. slots
+  // is routes * groups, of which one is 1.
   const void *x, *delta, *projections;
   const float *dt_weight, *dt_bias, *A, *D;  // (routes, d, r), (routes, d), (routes, d, n), (routes, d)
   const int64_t* permutation;                // (routes, length) or null
@@ -50,7 +51,7 @@ struct ScanArgs {
   float *band_decay, *band_state;
   // Backward. Gradients of parameters and of the projections are partial sums.
   const float *grad_out, *grad_last_state;
-  float *dx, *ddelta;   // as out
+  float *dx, *ddelta;   // as out; of a map for each route (b, pixels, routes, d), or by visit (b, length, routes, d)
   float* dprojections;  // (tiles, b, pixels or length, slots, features)
   float* ddt_weight;    // (b, bands, routes, d, r)
   float* ddt_bias;      // (b, bands, routes, d); of given step sizes (b, bands, warps, routes, d)
@@ -60,9 +61,11 @@ struct ScanArgs {
   int routes, states, rank, features, slots;
   int tiles, bands, band_length, chunks;  // tiles of a group that this launch does
   int channel_begin, tile_begin;          // the first of them, in a group
+  int x_pixel, x_route;                   // elements of x from pixel to pixel, and from route to route or 0
   int axes;                               // of this launch
   bool first_launch;                      // writes the merged map; later launches add
   bool by_visit;  // results per visit of a route; else the merged map of the band is kept in shared memory
+  bool at_pixel;  // visits are counted by pixel, where every route visits each once; else by position of the route
   bool delta_softplus;
   Divider by_height;
   uint8_t orders[kMaxRoutes];

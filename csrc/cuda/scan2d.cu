@@ -32,7 +32,8 @@ struct Inputs {
         D(as_type(D_, ScalarType::Float)) {
     check_devices(x_, {projections_, dt_weight_, dt_bias_, A_, D_, permutation_}, kOp);
     check_shapes();
-    const int64_t channels = x.size(3), routes = A.size(0);
+    const bool per_route = x.dim() == 5;
+    const int64_t channels = A.size(1), routes = A.size(0);
     pixels = x.size(1) * x.size(2);
     length = pixels;
     set_routes(orders, permutation_, routes);
@@ -42,6 +43,8 @@ struct Inputs {
     args.pixels = checked_int(pixels, kOp, "the number of pixels");
     args.length = checked_int(length, kOp, "the length of the routes");
     args.channels = args.group_channels = checked_int(channels, kOp, "the number of channels");
+    args.x_pixel = checked_int(per_route ? routes * channels : channels, kOp, "the size of a pixel");
+    args.x_route = per_route ? args.channels : 0;
     args.groups = 1;
     args.routes = args.slots = static_cast<int>(routes);
     args.states = checked_int(A.size(2), kOp, "n");
@@ -62,9 +65,11 @@ struct Inputs {
   }
 
   void check_shapes() const {
-    STD_TORCH_CHECK(x.dim() == 4 && A.dim() == 3 && dt_weight.dim() == 3, kOp,
-                    ": x must be (b, h, w, d), A (k, d, n), dt_weight (k, d, r)");
-    const int64_t parameters = A.size(0) * x.size(3), n = A.size(2), r = dt_weight.size(2);
+    STD_TORCH_CHECK((x.dim() == 4 || x.dim() == 5) && A.dim() == 3 && dt_weight.dim() == 3, kOp,
+                    ": x must be (b, h, w, d) or (b, h, w, k, d), A (k, d, n), dt_weight (k, d, r)");
+    STD_TORCH_CHECK(x.size(x.dim() - 1) == A.size(1) && (x.dim() == 4 || x.size(3) == A.size(0)), kOp,
+                    ": x (b, h, w, d) or (b, h, w, k, d) does not belong to A (k, d, n)");
+    const int64_t parameters = A.size(0) * A.size(1), n = A.size(2), r = dt_weight.size(2);
     STD_TORCH_CHECK(A.size(0) > 0 && A.size(0) <= kMaxRoutes && n > 0, kOp,
                     ": A (k, d, n) must have 1 <= k <= ", kMaxRoutes, " routes and n >= 1");
     STD_TORCH_CHECK(A.numel() == parameters * n && dt_weight.numel() == parameters * r &&
@@ -109,8 +114,16 @@ struct Inputs {
     problem.softplus = args.delta_softplus;
     problem.pairs = args.channels % 2 == 0 && is_aligned(args.x, 2 * problem.element_size);
     problem.even_features = args.features % 2 == 0 && is_aligned(args.projections, 2 * problem.element_size);
-    problem.small = pixels * args.channels < (int64_t{1} << 32);
+    // The kernels for one state read one map.
+    problem.small = pixels * args.channels < (int64_t{1} << 32) && args.x_route == 0;
     problem.both_axes = has_rows && has_columns;
+  }
+
+  // Of a map for each route the gradients are not merged.
+  void keep_visits_apart() {
+    if (args.x_route == 0) return;
+    args.at_pixel = !args.by_visit;
+    args.by_visit = problem.by_visit = true;
   }
 
   bool is_empty() const { return x.numel() == 0 || length == 0; }
@@ -156,16 +169,19 @@ Gradients scan2d_backward(const Tensor& grad_out, const Tensor& x, const Tensor&
   Inputs in(x, projections, dt_weight, dt_bias, A, D, orders, permutation, delta_softplus);
   if (in.is_empty()) return zero_gradients(in, x, projections, dt_weight, dt_bias, A, D);
   check_devices(x, {grad_out, carries_}, kOp);
+  in.keep_visits_apart();
   const ScanArgs& a = in.args;
   const Tensor dy = as_type(grad_out, ScalarType::Float), carries = as_type(carries_, ScalarType::Float);
   const int64_t b = a.batch, k = a.routes, d = a.channels, n = a.states, r = a.rank;
-  STD_TORCH_CHECK(dy.numel() == in.x.numel() && carries.numel() == b * k * a.chunks * n * d, kOp,
+  STD_TORCH_CHECK(dy.numel() == b * a.pixels * d && carries.numel() == b * k * a.chunks * n * d, kOp,
                   "_backward: grad_out or carries do not belong to the inputs");
   in.problem.pairs = in.problem.pairs && is_aligned(dy.const_data_ptr(), 8);
   Scan scan(launcher, in.A, in.element, a, in.problem, true, kOp);
   const int64_t parts = scan.parts(), warp_parts = scan.warp_parts(), rows = a.by_visit ? a.length : a.pixels;
-  Tensor dx = new_floats(
-      in.A, a.by_visit ? std::vector<int64_t>{b, k, a.length, d} : std::vector<int64_t>{b, a.height, a.width, d});
+  const bool apart = a.x_route != 0;
+  Tensor dx = new_floats(in.A, apart        ? std::vector<int64_t>{1, b, rows, k, d}
+                               : a.by_visit ? std::vector<int64_t>{b, k, a.length, d}
+                                            : std::vector<int64_t>{b, a.height, a.width, d});
   Tensor dprojections = new_floats(in.A, {scan.plan().tiles, b, rows, k, a.features});
   Tensor ddt_weight = new_floats(in.A, {parts, k, d, r}), dA = new_floats(in.A, {warp_parts, k, d, n});
   Tensor ddt_bias = new_floats(in.A, {in.dt_bias ? parts : 0, k, d}),
@@ -180,14 +196,16 @@ Gradients scan2d_backward(const Tensor& grad_out, const Tensor& x, const Tensor&
   args.dA = mutable_floats(dA);
   args.dD = mutable_floats(dD);
   scan.run();
-  const std::vector<int64_t> shape{b, a.height, a.width, d}, features{b, a.height, a.width, k, a.features};
+  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end()), features{b, a.height, a.width, k, a.features};
   const ScalarType type = x.scalar_type(), feature_type = projections.scalar_type();
-  if (a.by_visit) {
+  if (a.by_visit && !a.at_pixel) {
     const Visits lists(launcher, *in.permutation, a.pixels);
-    dx = torch::stable::view(merge_visits(launcher, dx, lists, type, a.pixels), shape);
+    dx = torch::stable::view(
+        apart ? merge_slots(launcher, dx, lists, type, a.pixels) : merge_visits(launcher, dx, lists, type, a.pixels),
+        shape);
     dprojections = torch::stable::view(merge_slots(launcher, dprojections, lists, feature_type, a.pixels), features);
   } else {
-    dx = torch::stable::to(dx, type);
+    dx = torch::stable::to(torch::stable::view(dx, shape), type);
     dprojections = sum_partials(launcher, dprojections, feature_type, features);
   }
   const Tensor none = new_floats(in.A, {0});

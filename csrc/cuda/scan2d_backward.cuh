@@ -445,11 +445,14 @@ struct BackwardWalk {
     float skip[V] = {};
     if (args.D != nullptr)
       load_states<V>(args.D + static_cast<int64_t>(route) * args.channels + place.channel, place.valid, skip);
-    const int64_t first = (static_cast<int64_t>(place.batch) * args.routes + route) * args.length;
+    // With a map for each route, of all routes beside each other.
+    const int64_t apart = args.x_route != 0 ? args.routes : 1;
+    const int64_t first = args.x_route != 0 ? static_cast<int64_t>(place.batch) * args.length * args.routes + route
+                                            : (static_cast<int64_t>(place.batch) * args.routes + route) * args.length;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       if (!slice.has(row) || !place.valid) continue;
-      float* target = args.dx + (first + slice.start + row) * args.channels + place.channel;
+      float* target = args.dx + (first + slice.result_row(row) * apart) * args.channels + place.channel;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         target[v] = args.D == nullptr ? dx[row][v] : fmaf(skip[v], dy[row][v], dx[row][v]);

@@ -134,13 +134,18 @@ struct ForwardWalk {
   }
 
   __device__ __forceinline__ void any_states(const Span& span, int route, const float (&bias)[V], bool last_turn) {
-    float s[kRows][V], su[kRows][V], y[kRows][V] = {};
+    float s[kRows][V], su[kRows][V], y[kRows][V] = {}, skip[V] = {};
+    const bool skips = !args.by_visit && skips_by_route();
+    if (skips) load_states<V>(args.D + static_cast<int64_t>(route) * args.channels + place.channel, place.valid, skip);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const Packed<T, V> x = slice.load_x(row);
       slice.step_sizes(row, bias, s[row]);
 #pragma unroll
-      for (int v = 0; v < V; ++v) su[row][v] = slice.has(row) ? s[row][v] * x[v] : 0.0f;
+      for (int v = 0; v < V; ++v) {
+        su[row][v] = slice.has(row) ? s[row][v] * x[v] : 0.0f;
+        if (skips) y[row][v] = skip[v] * x[v];
+      }
     }
 #pragma unroll 1
     for (int state = 0; state < args.states; ++state) one_of_many(span, route, state, last_turn, s, su, y);
@@ -194,6 +199,11 @@ struct ForwardWalk {
             h[v];
   }
 
+  // Whether every route has inputs of its own, so that its skips are added where it reads them.
+  __device__ __forceinline__ bool skips_by_route() const {
+    return !kOneState && args.D != nullptr && args.x_route != 0;
+  }
+
   __device__ __forceinline__ void add_to_map(const float (&y)[kRows][V]) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -225,8 +235,9 @@ struct ForwardWalk {
     __syncthreads();
     const bool by_column = args.bands > 1 && args.axes == kColumnAxis;
     const int from = place.band * args.band_length, until = end_of_band(args, from);
+    const bool skips = args.D != nullptr && !skips_by_route();
     float skip[V] = {};
-    for (int route = 0; route < args.routes && args.D != nullptr && place.valid; ++route)
+    for (int route = 0; route < args.routes && skips && place.valid; ++route)
 #pragma unroll
       for (int v = 0; v < V; ++v) skip[v] += args.D[static_cast<int64_t>(route) * args.channels + place.channel + v];
     for (int i = from + place.warp; i < until; i += place.warps) {
@@ -234,11 +245,10 @@ struct ForwardWalk {
       if (!place.valid) continue;
       const float* source = map + (i - from) * kWidth + V * place.lane;
       const int64_t at = (static_cast<int64_t>(place.batch) * args.pixels + pixel) * args.channels + place.channel;
-      const Packed<T, V> x =
-          load_packed<T, V>(static_cast<const T*>(args.x) + at, args.first_launch && args.D != nullptr);
+      const Packed<T, V> x = load_packed<T, V>(static_cast<const T*>(args.x) + at, args.first_launch && skips);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float before = !args.first_launch ? args.out[at + v] : args.D == nullptr ? 0.0f : skip[v] * x[v];
+        const float before = !args.first_launch ? args.out[at + v] : !skips ? 0.0f : skip[v] * x[v];
         args.out[at + v] = before + source[v];
       }
     }

@@ -41,6 +41,7 @@ struct Inputs {
     args.height = args.routes = 1;
     args.groups = args.slots = static_cast<int>(B.size(1));
     args.group_channels = args.channels / args.groups;
+    args.x_pixel = args.channels;
     args.states = checked_int(A.size(1), kOp, "n");
     args.features = 2 * args.states;
     checked_int(static_cast<int64_t>(args.groups) * args.features * 4, kOp, "the size of a position's B and C");

@@ -63,7 +63,7 @@ struct Slice {
   int* pixels;                 // this warp's, of every row
   float *rows, *features, *z;  // this warp's; of a row: offset, B, map, C (B and C of one state only)
   const float* weights;
-  int64_t x, delta;  // addresses of this lane's channel at pixel 0
+  int64_t x, delta;  // addresses of this lane's channel at pixel 0; x: of the route's map
   // Addresses of this block's slot of the projections and of its gradient; in shared memory where registers are scarce.
   int64_t* bases;
   int64_t projections_base, gradients_base;
@@ -87,7 +87,7 @@ struct Slice {
     weights = shared + layout.weights;
     bases = reinterpret_cast<int64_t*>(shared + layout.bases);
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.channels + place.channel;
-    x = hidden(static_cast<const T*>(args.x) + at);
+    x = x_of_route(0);
     delta = kProjected ? 0 : hidden(static_cast<const T*>(args.delta) + at);
     // The columns between rank and rank_padded stay 0 from here on, but for the one that holds 1.
     if (kProjected)
@@ -113,7 +113,9 @@ struct Slice {
       return load_constant<Object>(base + static_cast<int64_t>(pixel(row)) * args.channels * kElementSize);
   }
   // Where results of a row go: its pixel, or its position.
-  __device__ __forceinline__ int result_row(int row) const { return args.by_visit ? start + row : pixel(row); }
+  __device__ __forceinline__ int result_row(int row) const {
+    return args.by_visit && !args.at_pixel ? start + row : pixel(row);
+  }
   // This lane's place in the row of the map in shared memory: the pixel where the block has the whole map, else the
   // place in the band.
   __device__ __forceinline__ float* map_row(float* map, int row) const {
@@ -129,7 +131,11 @@ struct Slice {
     return features[row * layout.feature_stride + layout.rank_padded + args.states + state];
   }
   __device__ __forceinline__ Packed<T, V> load_x(int row) const {  // of a lane without channel: of channel 0
-    return load<Packed<T, V>, sizeof(T)>(x, row);
+    if constexpr (kOneState || !kProjected)
+      return load<Packed<T, V>, sizeof(T)>(x, row);
+    else
+      return load_constant<Packed<T, V>>(x + static_cast<int64_t>(pixel(row)) * args.x_pixel *
+                                                 static_cast<int64_t>(sizeof(T)));
   }
 
   // To be called before the first `fetch` of a route, with a barrier between.
@@ -137,6 +143,17 @@ struct Slice {
     const int slot = args.groups > 1 ? place.group : route;
     const int64_t at = static_cast<int64_t>(place.batch) * args.pixels * args.slots + slot;
     set_base(0, projections_base, hidden(static_cast<const T*>(args.projections) + at * args.features));
+    if constexpr (!kOneState && kProjected) x = x_of_route(route);
+  }
+
+  // Address of this lane's channel at pixel 0 of the map that a route reads.
+  __device__ __forceinline__ int64_t x_of_route(int route) const {
+    if constexpr (kOneState || !kProjected)
+      return hidden(static_cast<const T*>(args.x) + static_cast<int64_t>(place.batch) * args.pixels * args.channels +
+                    place.channel);
+    else
+      return hidden(static_cast<const T*>(args.x) + static_cast<int64_t>(place.batch) * args.pixels * args.x_pixel +
+                    static_cast<int64_t>(route) * args.x_route + place.channel);
   }
 
   static constexpr bool kBasesInRegisters = kRankTiles == 1;

@@ -259,8 +259,8 @@ def _scan2d(
     x: Tensor, _projections: Tensor, dt_weight: Tensor, _bias: Tensor | None, A: Tensor, _skip: Tensor | None,
     _orders: list[int], permutation: Tensor | None, *_rest: Any, **_options: Any,
 ) -> int:  # fmt: skip
-    b, h, w, d = x.shape
-    k, _, rank = dt_weight.shape
+    b, h, w = x.shape[:3]  # one map, or one for each route
+    k, d, rank = dt_weight.shape
     positions = b * k * d * (h * w if permutation is None else permutation.shape[1])
     return scan_count(positions, A.shape[2]) + positions * rank
 

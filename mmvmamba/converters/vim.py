@@ -146,9 +146,9 @@ def _options(form: str, common: Mapping[str, Any]) -> dict[str, Any]:
         layer_scale=common["init_layer_scale"],
         norm="rms_norm" if common["rms_norm"] else "layer_norm",
         norm_eps=common["norm_epsilon"],
-        rope=("both" if common["if_rope_residual"] else "hidden") if common["if_rope"] else "none",
     )
-    return dict(arch=arch, in_channels=common["channels"], img_size=common["img_size"])
+    rope = ("both" if common["if_rope_residual"] else "hidden") if common["if_rope"] else "none"
+    return dict(arch=arch, in_channels=common["channels"], img_size=common["img_size"], rope=rope)
 
 
 def _with_tables(backbone: Vim, common: Mapping[str, Any]) -> Vim:

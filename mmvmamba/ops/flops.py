@@ -1,4 +1,4 @@
-"""Operation counts of the scans for `torch.utils.flop_counter.FlopCounterMode`.
+"""Operation counts of the scans and of the causal convolution for `torch.utils.flop_counter.FlopCounterMode`.
 
 Importing this module registers the counts. It is not imported with `mmvmamba.ops`, because PyTorch's counter imports
 Triton and complains where there is none. Convention: an addition or a multiplication counts 1, a multiply-add so 2, as
@@ -150,6 +150,19 @@ def ssd_backward_flops(
     return 14 * elements * b_in[3] + 4 * elements + (skip is not None) * BACKWARD_SKIP * elements
 
 
+def causal_conv1d_flops(x: Shape, weight: Shape, *_rest: Any, **_options: Any) -> int:
+    """Count one product per tap, as PyTorch counts convolutions: x (b, l, d), weight (k, d, width)."""
+    return 2 * x[0] * x[1] * math.prod(weight)
+
+
+def causal_conv1d_backward_flops(
+    grad_out: Shape, x: Shape, weight: Shape, bias: Shape | None, reverse: list[int], activation: int, need_x: bool,
+    need_weight: bool, *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count one product per tap for each gradient."""
+    return (need_x + need_weight) * causal_conv1d_flops(x, weight)
+
+
 def _register() -> None:
     formulas: dict[str, Any] = {
         "selective_scan": selective_scan_flops,
@@ -168,6 +181,8 @@ def _register() -> None:
     for name, formula in formulas.items():
         operators = [getattr(torch.ops.mmvmamba, twin(name, suffix)) for suffix in TWINS]
         register_flop_formula(operators)(formula)
+    register_flop_formula(torch.ops.mmvmamba.causal_conv1d)(causal_conv1d_flops)
+    register_flop_formula(torch.ops.mmvmamba.causal_conv1d_backward)(causal_conv1d_backward_flops)
 
 
 _register()

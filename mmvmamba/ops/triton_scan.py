@@ -1,9 +1,10 @@
 """Triton kernels of the scan, shared by `scan2d` and `selective_scan`.
 
 Both operators are seen as k routes over p pixels with d channels: tensors (b, k, p, c) given by their strides. For
-`scan2d` the routes share the map (stride 0); for `selective_scan` a route is a group of channels and the step sizes
-are read as they are (RANK 0). Channels are the lanes of one warp, and a program walks over the positions of its
-segment, so the recurrence is plain register arithmetic. Logarithms have base 2: rates in units of ln 2 need no factor.
+`scan2d` the routes share the map (stride 0) unless each has its own; for `selective_scan` a route is a group of
+channels and the step sizes are read as they are (RANK 0). Channels are the lanes of one warp, and a program walks over
+the positions of its segment, so the recurrence is plain register arithmetic. Logarithms have base 2: rates in units of
+ln 2 need no factor.
 """
 
 # Arguments of kernels are pointers, numbers and compile-time constants; Triton reads no annotation but constexpr.

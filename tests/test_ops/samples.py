@@ -148,11 +148,12 @@ def scan2d_sample(seed: int) -> Sample:
         return _strided(value.to(dtype if low else parameter_dtype), pick)
 
     softplus = pick.random() < 0.8
+    of_each_route = (k,) if pick.random() < 0.3 else ()
     rates = -torch.rand(k, d, n, generator=generator, dtype=torch.float64).to(parameter_dtype) * 2
     return Sample(
         op=scan2d,
         tensors={
-            "x": make(b, h, w, d),
+            "x": make(b, h, w, *of_each_route, d),
             # Without softplus a step size may be negative, and the state grows: keep it small.
             "projections": make(b, h, w, k, r + 2 * n, scale=1.0 if softplus else 0.3),
             "dt_weight": make(k, d, r, scale=r**-0.5 if softplus else 0.3 * r**-0.5, low=False),

@@ -151,6 +151,18 @@ def test_no_states_are_saved_where_no_gradient_is_needed(monkeypatch: pytest.Mon
         torch.ops.mmvmamba.scan2d(*args[:4], args[4], args[5], [0, 1, 2, 3], None, True, torch.float32, False)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_gradcheck_scan2d_with_a_map_for_every_route(backend: str, permuted: bool) -> None:
+    b, h, w, k, d, r, n = 2, 2, 3, 2, 3, 2, 2
+    orders = torch.tensor([[5, 0, 3], [1, 1, 2]]) if permuted else (ScanOrder.ROW, ScanOrder.COLUMN_REVERSED)
+    leaves = [double(b, h, w, k, d), double(b, h, w, k, r + 2 * n), double(k, d, r), double(k, d)]
+    leaves += [(-torch.rand(k, d, n, dtype=torch.float64)).requires_grad_(), double(k, d)]
+    assert torch.autograd.gradcheck(
+        lambda *values: scan2d(*values, orders=orders, backend=backend), leaves, nondet_tol=0.0
+    )
+
+
 def opcheck_samples() -> list:
     """Arguments of the raw operators: with and without optional tensors, one position, no batch, strided."""
     cases = []
@@ -170,6 +182,7 @@ def opcheck_samples() -> list:
         routes = [[], orders] if isinstance(orders, torch.Tensor) else [[int(order) for order in orders], None]
         out_dtype = sample.options["out_dtype"] or sample.dtype
         cases.append(("scan2d", list(sample.tensors.values()), [*routes, sample.options["delta_softplus"], out_dtype]))
+    assert {case[1][0].dim() for case in cases if case[0] == "scan2d"} == {4, 5}  # shared, and a map for every route
     return cases
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvmamba.ops import flops, scan2d, selective_scan
+from mmvmamba.ops import causal_conv1d, flops, scan2d, selective_scan
 from tests.test_ops.test_exact import scan2d_arguments
 
 
@@ -44,6 +44,31 @@ def test_counts_grow_with_every_size(suffix: str) -> None:
         "scan2d" + suffix: positions * (6 * n + 1 + 2 + 1 + 2 * r + 1),
         f"scan2d{suffix}_backward": positions * (19 * n + 4 + 4 + 1 + 6 * r + 1),
     }
+
+
+def test_a_map_for_every_route_counts_as_a_shared_one_but_for_the_sum_of_its_gradients() -> None:
+    x, *others = scan2d_arguments(3, 5)
+    counts = []
+    for value in (x, torch.randn(*x.shape[:3], 4, x.shape[3])):
+        leaves = [leaf.detach().requires_grad_() for leaf in (value, *others)]
+        with FlopCounterMode(display=False) as mode:
+            scan2d(*leaves, backend=None).sum().backward()
+        counts.append(counted(mode))
+    visits = x.numel() * 4
+    assert counts[1]["scan2d"] == counts[0]["scan2d"]
+    assert counts[1]["scan2d_backward"] == counts[0]["scan2d_backward"] - visits
+
+
+def test_the_causal_convolution_counts_as_that_of_pytorch() -> None:
+    x, weight = torch.randn(2, 9, 6, requires_grad=True), torch.randn(2, 6, 4, requires_grad=True)
+    operator = torch.ops.mmvmamba.causal_conv1d
+    with FlopCounterMode(display=False) as mode:
+        operator(x, weight, None, [0, 1], 1).sum().backward()
+    forward = 2 * x.numel() * 2 * 4
+    assert mode.get_total_flops() == forward + 2 * forward
+    with FlopCounterMode(display=False) as plain:
+        causal_conv1d(x.detach(), weight.detach(), backend="reference")
+    assert plain.get_total_flops() == forward
 
 
 def test_options_and_permutations_are_counted() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmvmamba.errors import OpInputError
-from mmvmamba.ops import depthwise_conv2d, scan2d, selective_scan
+from mmvmamba.ops import causal_conv1d, depthwise_conv2d, scan2d, selective_scan
 from mmvmamba.testing import requires_extension
 from tests.test_ops.test_exact import scan2d_arguments
 
@@ -69,6 +69,11 @@ def call_depthwise_conv2d() -> None:
     torch.autograd.grad(depthwise_conv2d(*leaves, activation="silu", backend="compiled").sum(), leaves)
 
 
+def call_causal_conv1d() -> None:
+    leaves = [value.requires_grad_() for value in (torch.randn(2, 70, 20), torch.randn(2, 20, 4), torch.randn(2, 20))]
+    torch.autograd.grad(causal_conv1d(*leaves, activation="silu", backend="compiled").sum(), leaves)
+
+
 def refused_in_python() -> None:
     u, *others = scan_arguments()
     with pytest.raises(OpInputError):
@@ -92,6 +97,7 @@ def refused_in_the_kernel() -> None:
         call_scan2d,
         call_scan2d_along_a_permutation,
         call_depthwise_conv2d,
+        call_causal_conv1d,
         refused_in_python,
         refused_in_the_kernel,
     ],

@@ -29,11 +29,11 @@ def double(values: Tensors) -> list[Any]:
     return [None if value is None else value.double() for value in values]
 
 
-def map_inputs(dtype=F32, b=1, h=5, w=7, d=5, k=2, n=1, r=3, options=True, softplus=True) -> Tensors:
+def map_inputs(dtype=F32, b=1, h=5, w=7, d=5, k=2, n=1, r=3, options=True, softplus=True, per_route=False) -> Tensors:
     torch.manual_seed(b + h * w + d + k + n + r)
     scale = 1.0 if softplus else 0.3
     return [
-        torch.randn(b, h, w, d).to(dtype),
+        torch.randn(b, h, w, *((k,) if per_route else ()), d).to(dtype),
         (torch.randn(b, h, w, k, r + 2 * n) * scale).to(dtype),
         torch.randn(k, d, r) * scale * r**-0.5,
         torch.randn(k, d) * 0.5 * scale if options else None,
@@ -68,7 +68,7 @@ def check_map(values: Tensors, orders: list[int], permutation: Tensor | None = N
     out, carries = scan2d_triton.forward(*values, orders, permutation, softplus, x.dtype, True)
     assert out.dtype == x.dtype
     assert_close("out", out, scan2d_reference(*double(values), pixels, softplus), FORWARD_BOUND[x.dtype])
-    weights = torch.randn(x.shape).to(x.dtype)
+    weights = torch.randn(out.shape).to(x.dtype)
     grads = scan2d_triton.backward(weights, *values, orders, permutation, softplus, carries)
     expected = scan2d_backward_reference(weights.double(), *double(values), pixels, softplus)
     check_all("x projections dt_weight dt_bias A D", grads, expected, values, "x projections")
@@ -108,6 +108,20 @@ def test_map_segments(segments: int) -> None:
 @pytest.mark.parametrize("orders", [[0], [1], [2], [3], [0, 0, 2]])
 def test_map_orders(orders: list[int]) -> None:
     check_map(map_inputs(h=4, w=3, k=len(orders)), orders)
+
+
+@pytest.mark.parametrize(("dtype", "n"), [(F32, 1), (F16, 1), (F32, 2), (BF16, 16)])
+@pytest.mark.parametrize("length", [None, 3, 12, 20], ids=["named", "partial", "whole", "repeats"])
+def test_a_map_for_every_route(length: int | None, dtype: torch.dtype, n: int) -> None:
+    values = map_inputs(dtype, b=2, h=4, w=3, k=3, n=n, per_route=True)
+    if length is None:
+        check_map(values, [0, 2, 1])
+    else:
+        check_map(values, [], torch.randint(12, (3, length)))
+
+
+def test_a_map_for_every_route_in_segments(segments: int) -> None:
+    check_map(map_inputs(h=7, w=10, d=2, n=1 if segments > 1 else 2, per_route=True), [0, 3])
 
 
 @pytest.mark.parametrize("length", [3, 12, 20], ids=["partial", "whole", "repeats"])

@@ -48,8 +48,6 @@ class TwoStreamArch:
         d_state, expansion, dt_rank, conv_kernel, halve, layer_scale: See ``BidirectionalMamba``.
         norm: Kind of every norm.
         norm_eps: What is added to the variance.
-        rope: Which streams are rotated by the positions before every layer: none, the ``"hidden"`` tokens, or
-            ``"both"`` them and the residual. The rotations accumulate along the depth.
     """
 
     dim: int
@@ -65,15 +63,11 @@ class TwoStreamArch:
     layer_scale: float | None = None
     norm: TokenNorm = "rms_norm"
     norm_eps: float = 1e-5
-    rope: Rope = "none"
 
     def __post_init__(self) -> None:
         """Check what no layer checks by itself."""
         check_positive(dim=self.dim, depth=self.depth, patch_size=self.patch_size, stride=self.stride)
         check_choice("norm", self.norm, TOKEN_NORMS)
-        check_choice("rope", self.rope, ROPES)
-        if self.rope != "none":
-            check_rotated(self.dim)
 
 
 class TwoStreamBlock(ColumnarBlock):
@@ -122,6 +116,8 @@ class TwoStreamBackbone(ColumnarBackbone):
         feature: What the output of a layer is: the mixer's ``"hidden"`` tokens or the ``"residual"`` stream with them
             added (and rotated, if the next layer rotates it).
         last_feature: The same of the last layer, or the residual stream ``"normed"``.
+        rope: Which streams are rotated by the positions before every layer: none, the ``"hidden"`` tokens, or
+            ``"both"`` them and the residual. The rotations accumulate along the depth.
         final_norm: Whether there is that norm. It is kept untrained where no output needs it.
         out_indices, out_type, cls_token, shuffle_rate, frozen_stages, norm_eval, with_cp, init_cfg: See
             ``ColumnarBackbone``.
@@ -142,6 +138,7 @@ class TwoStreamBackbone(ColumnarBackbone):
         feature: str,
         last_feature: str,
         final_norm: bool,
+        rope: str = "none",
         out_indices: Sequence[int] | None,
         out_type: str,
         cls_token: str,
@@ -154,6 +151,9 @@ class TwoStreamBackbone(ColumnarBackbone):
         arch = self.arch
         check_choice("feature", feature, FEATURES)
         check_choice("last_feature", last_feature, LAST_FEATURES)
+        check_choice("rope", rope, ROPES)
+        if rope != "none":
+            check_rotated(arch.dim)
         super().__init__(
             in_channels=in_channels,
             stride=arch.stride,
@@ -166,7 +166,7 @@ class TwoStreamBackbone(ColumnarBackbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-        self.features, self.last_feature = feature, last_feature
+        self.features, self.last_feature, self.rotated = feature, last_feature, rope
         rate = arch.drop_path_rate if drop_path_rate is None else drop_path_rate
         self.patch_embed = PatchEmbed(in_channels, arch.dim, arch.patch_size, arch.stride)
         self.add_tokens(self.patch_embed.grid(image_size(img_size)))
@@ -201,17 +201,17 @@ class TwoStreamBackbone(ColumnarBackbone):
     def embed(self, image: Tensor) -> tuple[Tensor, TokenLayout]:
         """Return the tokens (b, l, d) and their layout, with the rotation of the patches, for an image (b, c, h, w)."""
         x, layout = super().embed(image)
-        if self.arch.rope == "none":
+        if self.rotated == "none":
             return x, layout
         by = rotation(layout.rows, layout.columns, self.arch.dim, x.device, accumulation(x.dtype))
         return x, layout._replace(rotation=by)
 
     def turn(self, h: Tensor, r: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
-        """Return both streams rotated by their positions, as ``arch.rope`` says; class tokens are not."""
+        """Return both streams rotated by their positions, as ``rope`` says; class tokens are not."""
         if layout.rotation is None:
             return h, r
         turned = _rotate_patches(h, layout)
-        return turned, r if r is None or self.arch.rope == "hidden" else _rotate_patches(r, layout)
+        return turned, r if r is None or self.rotated == "hidden" else _rotate_patches(r, layout)
 
     def feature(self, layer: int, h: Tensor, r: Tensor, following: Tensor | None) -> Tensor:  # noqa: ARG002
         """Return the tokens (b, l, d) that are the output of a layer, as ``feature`` and ``last_feature`` say."""

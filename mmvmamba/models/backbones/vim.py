@@ -15,7 +15,7 @@ from typing import Any
 
 from mmvmamba.models.backbones.arch import resolve_arch
 from mmvmamba.models.backbones.columnar import ClassToken, OutType
-from mmvmamba.models.backbones.two_stream import Feature, LastFeature, TwoStreamArch, TwoStreamBackbone
+from mmvmamba.models.backbones.two_stream import Feature, LastFeature, Rope, TwoStreamArch, TwoStreamBackbone
 from mmvmamba.registry import MODELS
 
 
@@ -32,7 +32,7 @@ ARCHS: dict[str, VimArch] = {
     "small-plus": VimArch(384, 24, 0.05, stride=8),
     "base": VimArch(768, 24, 0.1),
     # For demos and tests on a CPU; not a model of the paper.
-    "nano": VimArch(24, 4, 0.0, d_state=8, rope="both"),
+    "nano": VimArch(24, 4, 0.0, d_state=8),
 }
 
 
@@ -54,6 +54,8 @@ class Vim(TwoStreamBackbone):
         feature: What the output of a layer but the last is: the mixer's ``"hidden"`` tokens or the ``"residual"``
             stream.
         last_feature: The same of the last layer, or the residual stream ``"normed"``.
+        rope: Which streams are rotated by the positions before every layer: ``"none"``, the ``"hidden"`` tokens, or
+            ``"both"`` them and the residual stream. Upstream's detector and its larger segmentor rotate both.
         final_norm: Whether there is that norm; a classifier's checkpoint has it. It is kept untrained where no output
             needs it.
         drop_path_rate: Stochastic depth of the last layer; None takes the variant's own.
@@ -78,6 +80,7 @@ class Vim(TwoStreamBackbone):
         cls_token: ClassToken = "middle",  # noqa: S107 (no password)
         feature: Feature = "residual",
         last_feature: LastFeature = "normed",
+        rope: Rope = "none",
         final_norm: bool = True,
         drop_path_rate: float | None = None,
         shuffle_rate: float = 0.0,
@@ -97,6 +100,7 @@ class Vim(TwoStreamBackbone):
             cls_token=cls_token,
             feature=feature,
             last_feature=last_feature,
+            rope=rope,
             final_norm=final_norm,
             drop_path_rate=drop_path_rate,
             shuffle_rate=shuffle_rate,

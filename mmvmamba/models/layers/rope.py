@@ -22,7 +22,7 @@ def check_rotated(dim: int) -> None:
     if dim % 4:
         raise ConfigError(
             f"arch: dim is {dim} with rope, expected a multiple of 4: one half of the channels turns with the row, one "
-            "with the column, in pairs. Change dim, or set rope='none'."
+            "with the column, in pairs. Change dim, or leave rope at 'none'."
         )
 
 

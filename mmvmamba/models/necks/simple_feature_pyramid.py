@@ -27,8 +27,13 @@ _LEVELS = 4
 _EPS = 1e-6
 
 
+@MODELS.register_module()
 class ChannelNorm(LayerNorm):
-    """Layer norm over the channels of a map (b, c, h, w)."""
+    """Layer norm over the channels of a map (b, c, h, w).
+
+    Heads of mmdet and mmseg have it by ``norm_cfg=dict(type="mmvmamba.ChannelNorm")``, with an eps of 1e-5 if none is
+    named.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised ``x`` (b, c, h, w), contiguous."""

@@ -44,11 +44,10 @@ def _fallback_backward(
         _direction_backward(dz[:, :, i], x.to(wide), weight[i].to(wide), bool(backwards))
         for i, backwards in enumerate(reverse)
     ]
-    none = x.new_empty(0)
     return (
-        torch.stack([dx for dx, _ in directions]).sum(0).to(x.dtype) if need_x else none,
-        torch.stack([dweight for _, dweight in directions]).to(weight.dtype) if need_weight else none,
-        dz.sum((0, 1)).to(x.dtype) if needs[2] else none,
+        torch.stack([dx for dx, _ in directions]).sum(0).to(x.dtype) if need_x else x.new_empty(0),
+        torch.stack([dweight for _, dweight in directions]).to(weight.dtype) if need_weight else x.new_empty(0),
+        dz.sum((0, 1)).to(x.dtype) if needs[2] else x.new_empty(0),
     )
 
 

@@ -79,16 +79,6 @@ def scan2d(
     if tangents or runs_reference(chosen, x.device):
         pixels = routes_as_permutation(x, codes, permutation)
         return scan2d_reference(*tensors, pixels, delta_softplus).to(out_dtype)
-    if x.dim() == 5:  # composed until the kernels know maps of their own
-        parts = [
-            scan2d(
-                x[..., i, :], projections[..., i : i + 1, :], dt_weight[i : i + 1],
-                None if dt_bias is None else dt_bias[i : i + 1], A[i : i + 1], None if D is None else D[i : i + 1],
-                orders=orders[i : i + 1], delta_softplus=delta_softplus, out_dtype=accumulate, backend=backend,
-            )
-            for i in range(A.shape[0])
-        ]  # fmt: skip
-        return torch.stack(parts).sum(0).to(out_dtype)
     save_carries = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     operator = getattr(torch.ops.mmvmamba, _OP + operator_suffix(chosen, x.device))
     out, _ = operator(
