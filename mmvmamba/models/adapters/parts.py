@@ -75,13 +75,13 @@ class SpatialPrior(nn.Module):
         self.fc3 = PointwiseConv2d(4 * width, channels)
         self.fc4 = PointwiseConv2d(4 * width, channels)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return maps (b, h / 4, w / 4, c) to (b, h / 32, w / 32, c) of an image (b, c', h, w)."""
+    def forward(self, image: Tensor, has_first: bool = True) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """Return maps (b, h / 4, w / 4, c) to (b, h / 32, w / 32, c) of an image (b, c', h, w); the first if wanted."""
         x1 = self.stem(image_to_channels_last(image))
         x2 = self.conv2(x1)
         x3 = self.conv3(x2)
         x4 = self.conv4(x3)
-        return self.fc1(x1), self.fc2(x2), self.fc3(x3), self.fc4(x4)
+        return self.fc1(x1) if has_first else None, self.fc2(x2), self.fc3(x3), self.fc4(x4)
 
 
 class ConvFFN(nn.Module):

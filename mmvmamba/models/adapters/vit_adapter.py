@@ -31,7 +31,7 @@ from mmvmamba.models.adapters.parts import (
     build_map_norm,
     init_like_upstream_,
 )
-from mmvmamba.models.backbones.base import BaseBackbone
+from mmvmamba.models.backbones.base import BaseBackbone, check_out_indices
 from mmvmamba.models.backbones.columnar import ColumnarBackbone
 from mmvmamba.models.layers import DropPath, check_choice
 from mmvmamba.models.layers.deformable_attention import Grid, cell_centres
@@ -49,13 +49,15 @@ _TRUNK_STRIDE = 16
 class ViTAdapter(BaseModule):
     """A trunk of one width with a pyramid of maps beside it, which see each other several times.
 
-    Map i of the result has ceil(h / (4 * 2**i)) rows, and columns likewise, of as many channels as the trunk. An image
+    Map i has ceil(h / (4 * 2**i)) rows, and columns likewise, of as many channels as the trunk. An image
     whose sides are no multiples of 32 is padded with zeros at the right and bottom, as mmdet's ``pad_size_divisor=32``
     would, and the maps are cropped.
 
     Args:
         backbone: A columnar backbone or its config, such as ``dict(type='mmvmamba.PlainMamba', arch='l1')``. It must
             have no class tokens; its ``out_indices`` are not used, and its output norms neither.
+        out_indices: Which of the four maps are returned, in rising order. RetinaNet wants ``(1, 2, 3)``; what only the
+            others need is neither computed nor trained.
         interaction_indexes: First and last layer, both included, of the part of the trunk in each interaction; None
             cuts it into four equal parts.
         spatial_channels: Channels of the first map of the convolutions beside the trunk.
@@ -82,6 +84,7 @@ class ViTAdapter(BaseModule):
         self,
         backbone: Mapping[str, Any] | ColumnarBackbone,
         *,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
         interaction_indexes: Sequence[Sequence[int]] | None = None,
         spatial_channels: int = 64,
         num_heads: int = 6,
@@ -106,6 +109,7 @@ class ViTAdapter(BaseModule):
         check_choice("trunk_features", trunk_features, TRUNK_FEATURES)
         self.backbone: ColumnarBackbone = trunk
         self.trunk_features, self.norm_eval = trunk_features, norm_eval
+        self.out_indices = check_out_indices(out_indices, len(STRIDES))
         self.interaction_indexes = check_interactions(interaction_indexes, len(trunk.depths))
         if trunk.out_indices[-1] < self.interaction_indexes[-1][1]:
             raise ConfigError(
@@ -145,8 +149,8 @@ class ViTAdapter(BaseModule):
         """Pixels of the image per cell of the four maps, along a side."""
         return STRIDES
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return contiguous maps (b, d, h', w') of strides 4, 8, 16 and 32 for an image (b, c, h, w).
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return one contiguous map (b, d, h', w') per entry of ``out_indices`` for an image (b, c, h, w).
 
         Raises:
             OpInputError: If the image has another number of channels, an integer dtype or an empty side.
@@ -157,17 +161,17 @@ class ViTAdapter(BaseModule):
         if below or right:
             image = F.pad(image, (0, right, 0, below))
         maps = self._maps(image)
-        norms = (self.norm1, self.norm2, self.norm3, self.norm4)
-        sides = [(-(-h // stride), -(-w // stride)) for stride in STRIDES]
-        m1, m2, m3, m4 = (
-            norm(m)[:, :rows, :columns].permute(0, 3, 1, 2).contiguous()
-            for m, norm, (rows, columns) in zip(maps, norms, sides, strict=True)
-        )
-        return m1, m2, m3, m4
+        outs = []
+        for i in self.out_indices:
+            rows, columns = (-(-side // STRIDES[i]) for side in (h, w))
+            norm = getattr(self, f"norm{i + 1}")
+            outs.append(norm(maps[i])[:, :rows, :columns].permute(0, 3, 1, 2).contiguous())
+        return tuple(outs)
 
-    def _maps(self, image: Tensor) -> list[Tensor]:
-        """Return the four maps (b, h', w', d) before their norms for an image whose sides are multiples of 32."""
-        c1, *others = self.spm(image)
+    def _maps(self, image: Tensor) -> dict[int, Tensor]:
+        """Return the maps (b, h', w', d) of ``out_indices`` before their norms; sides of the image divide by 32."""
+        has_first = 0 in self.out_indices
+        c1, *others = self.spm(image, has_first)
         grids: list[Grid] = [(level.shape[1], level.shape[2]) for level in others]
         grid = grids[1]
         c = torch.cat([level.flatten(1, 2) + self.level_embed[i] for i, level in enumerate(others)], dim=1)
@@ -186,19 +190,22 @@ class ViTAdapter(BaseModule):
             x, residual = self.backbone.run_layers(x, residual, layout, range(first, last + 1), shuffle=False)
             c = interaction.extract(c, centres, x, grid, grids)
             seen.append(x)
-        c2, c3, c4 = (m.unflatten(1, side) for m, side in zip(c.split(areas, dim=1), grids, strict=True))
-        maps = [self.up(c2) + c1, c2, c3, c4]
-        return self._add_trunk(maps, seen, grid)
-
-    def _add_trunk(self, maps: list[Tensor], seen: Sequence[Tensor], grid: Grid) -> list[Tensor]:
-        """Add the tokens after the interactions ``seen``, (b, l, d) each, to maps (b, h', w', d)."""
+        pyramid = [m.unflatten(1, side) for m, side in zip(c.split(areas, dim=1), grids, strict=True)]
+        maps = {i: pyramid[i - 1] for i in self.out_indices if i > 0}
+        if has_first:
+            maps[0] = self.up(pyramid[0]) + c1
         if self.trunk_features == "none":
             return maps
-        tokens = seen if self.trunk_features == "each" else [seen[-1]] * len(maps)
-        return [m + _resize(x.unflatten(1, grid), m) for m, x in zip(maps, tokens, strict=True)]
+        tokens = seen if self.trunk_features == "each" else [seen[-1]] * len(STRIDES)
+        return {i: m + _resize(tokens[i].unflatten(1, grid), m) for i, m in maps.items()}
 
     def _freeze_unused(self) -> None:
-        """Turn off gradients of what of the trunk no map depends on: its output norms, and layers left out."""
+        """Turn off gradients of what no map depends on: output norms of the trunk, layers and maps left out."""
+        unused: list[nn.Module] = [
+            getattr(self, f"norm{i + 1}") for i in range(len(STRIDES)) if i not in self.out_indices
+        ]
+        for part in unused if 0 in self.out_indices else [*unused, self.up, self.spm.fc1]:
+            part.requires_grad_(False)
         used = {layer for first, last in self.interaction_indexes for layer in range(first, last + 1)}
         for name, parameter in self.backbone.named_parameters():
             part, *rest = name.split(".")

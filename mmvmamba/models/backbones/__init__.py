@@ -19,6 +19,8 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "mambaout": MambaOut,
     "vim": Vim,
     "plainmamba": PlainMamba,
+    "vim": Vim,
+    "plainmamba": PlainMamba,
     "shufflemamba": ShuffleMamba,
 }
 
