@@ -19,8 +19,6 @@ FAMILIES: dict[str, type[BaseBackbone]] = {
     "mambaout": MambaOut,
     "vim": Vim,
     "plainmamba": PlainMamba,
-    "vim": Vim,
-    "plainmamba": PlainMamba,
     "shufflemamba": ShuffleMamba,
 }
 
