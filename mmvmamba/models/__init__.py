@@ -3,7 +3,7 @@
 from mmvmamba.models import backbones
 from mmvmamba.models.backbones import *  # noqa: F403 (its list of families is the only one)
 from mmvmamba.models.deploy import fold_batch_norms
-from mmvmamba.models.heads import build_mambaout_cls_head, build_mobilemamba_cls_head
+from mmvmamba.models.heads import build_mambaout_cls_head, build_mobilemamba_cls_head, build_ssd_head
 from mmvmamba.models.necks import EfficientViTFPN
 from mmvmamba.models.segmentors import build_windowed_encoder_decoder
 
@@ -11,6 +11,7 @@ __all__ = [
     "EfficientViTFPN",
     "build_mambaout_cls_head",
     "build_mobilemamba_cls_head",
+    "build_ssd_head",
     "build_windowed_encoder_decoder",
     "fold_batch_norms",
 ]
