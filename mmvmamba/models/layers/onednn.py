@@ -170,6 +170,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     The operator copies its first operand in order when that is transposed, so the narrower one goes first unless the
     result, then transposed, is the larger copy.
     """
+    # Some channels of a wider map: oneDNN multiplies such rows, transposed, a thousand times more slowly.
+    grad, x = grad.contiguous(), x.contiguous()
     (rows, width), inner = grad.shape, x.shape[1]
     if rows * (width - inner) > 2 * width * inner:
         return matmul(x.t(), grad).t().contiguous()
