@@ -172,6 +172,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     would be multiplied thousands of times more slowly, so they are put together.
     """
     x = x.contiguous()
+    # Some channels of a wider map: oneDNN multiplies such rows, transposed, a thousand times more slowly.
+    grad, x = grad.contiguous(), x.contiguous()
     (rows, width), inner = grad.shape, x.shape[1]
     if rows * (width - inner) > 2 * width * inner:
         return matmul(x.t(), grad).t().contiguous()
