@@ -83,9 +83,10 @@ def small_config(path: Path, data: Path, work_dir: Path, **options: Any) -> Conf
     for split, batch_size in (("train", 2), ("val", 1), ("test", 1)):
         loader = cfg[f"{split}_dataloader"]
         loader.update(batch_size=batch_size, num_workers=0, persistent_workers=False)
-        loader.dataset.update(data_root=f"{data / folder}/", indices=IMAGES)
+        dataset = loader.dataset.get("dataset", loader.dataset)  # of a RepeatDataset, what it repeats
+        dataset.update(data_root=f"{data / folder}/", indices=IMAGES)
         if not own_data:
-            _shrink(loader.dataset.pipeline)
+            _shrink(dataset.pipeline)
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         if "ann_file" in evaluator:
             evaluator.ann_file = str(data / folder / "annotations" / Path(evaluator.ann_file).name)
