@@ -46,7 +46,9 @@ def _options(task: str, family: str, data: Path, batch_size: int) -> dict[str, o
             "model.auxiliary_head.in_channels": channels[auxiliary],
             "model.auxiliary_head.in_index": auxiliary,
         }
-    return widths | {
+    return {
+        "model.backbone.out_indices": list(nano.out_indices),
+        **widths,
         "model.backbone.type": f"mmvmamba.{FAMILIES[family].__name__}",
         "model.backbone.init_cfg": None,
         "train_dataloader.batch_size": batch_size,

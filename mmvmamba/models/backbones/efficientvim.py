@@ -156,7 +156,7 @@ class HiddenStateMixer(nn.Module):
         projected = deployed.convolve(deployed.convolve(x, self.BCdt_proj), self.dw).view(b, h * w, 3, self.state_dim)
         b_in, c_out, dt = projected.unbind(2)
         written = dt.softmax(1).mul_(b_in)
-        state = _STATE(x.view(b, h * w, 1, c), None, written.unsqueeze(2), False)
+        state = _STATE(x.reshape(b, h * w, 1, c), None, written.unsqueeze(2), False)
         mixed, z = deployed.multiply_rows(state.view(-1, c), self.hz_proj).chunk(2, dim=-1)
         hidden = deployed.multiply_rows(F.silu(z).add_(self.D).mul_(mixed), self.out_proj).view(b, -1, c)
         read = hidden if gate is None else hidden * gate
@@ -338,8 +338,9 @@ def mix(x: Tensor, new: Tensor, gate: Tensor, drop_path: DropPath | None = None)
         gate: How much of the latter is taken.
         drop_path: What leaves some samples as they were.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, new.dtype), gate.dtype)
-    x, new, gate = x.to(dtype), new.to(dtype), gate.to(dtype)
+    if not x.dtype is new.dtype is gate.dtype:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, new.dtype), gate.dtype)
+        x, new, gate = x.to(dtype), new.to(dtype), gate.to(dtype)
     if drop_path is not None and drop_path.training and drop_path.rate > 0.0:
         return x + drop_path(gate * (new - x))
     return torch.lerp(x, new, gate)

@@ -6,6 +6,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mmvmamba.models.layers.conv import ChannelsLastConv2d
@@ -31,7 +32,11 @@ def convolve_depthwise(conv: nn.Module, x: Tensor, act: nn.Module | None = None)
         (b, h', w', d), where h' is ceil(h / stride) with the padding above.
     """
     if can_fuse_depthwise(conv, x, act):
-        y = depthwise_conv2d(x, conv.weight, conv.bias, activation="none" if act is None else "silu")
+        if _is_checked(conv, x):
+            # What the function would check is known here; on small maps that takes longer than the convolution.
+            y = torch.ops.mmvmamba.depthwise_conv2d.default(x, conv.weight, conv.bias, 0 if act is None else 1)
+        else:
+            y = depthwise_conv2d(x, conv.weight, conv.bias, activation="none" if act is None else "silu")
         rows, columns = conv.stride
         return y if rows == columns == 1 else y[:, ::rows, ::columns].contiguous()
     y = conv(x)
@@ -53,6 +58,16 @@ def can_fuse_depthwise(conv: nn.Module, x: Tensor, act: nn.Module | None = None)
         and (act is None or type(act) is nn.SiLU)
         and _serves(x, conv.weight)
         and is_unobserved(conv, *(() if act is None else (act,)))
+    )
+
+
+def _is_checked(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Return whether the operator itself can take what `can_fuse_depthwise` allows: no cast, no tangents."""
+    return (
+        x.ndim == 4
+        and x.shape[3] == conv.in_channels
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
