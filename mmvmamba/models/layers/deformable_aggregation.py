@@ -169,7 +169,8 @@ def _places(offset_mask: Tensor, size: torch.Size, groups: int) -> tuple[tuple[T
     numbers = offset_mask.reshape(b, h, w, groups, PER_GROUP)
     x = (numbers[..., 0 : 2 * POINTS : 2] + columns.to(dtype)).clamp(-_BORDER, w)
     y = (numbers[..., 1 : 2 * POINTS : 2] + lines.to(dtype)).clamp(-_BORDER, h)
-    left, top = x.detach().floor(), y.detach().floor()
+    # A NaN has some row, too: the fraction hands it on.
+    left, top = (places.detach().floor().nan_to_num(-_BORDER) for places in (x, y))
     wide, high = w + 2 * _BORDER, h + 2 * _BORDER
     # The index of a row fits 32 bits for every map but the largest; a trace must not look.
     integer = torch.int64 if is_traced() or b * wide * high * groups > _LAST_INT32 else torch.int32
