@@ -119,7 +119,7 @@ def test_precision_batch_and_evaluation(path):
         assert wrapper.type == "mmvmamba.Bfloat16OptimWrapper"
         assert cfg.val_evaluator.type == cfg.test_evaluator.type == "FasterCocoMetric"
         epochs = {"1x": 12, "3x": 36}.get(re.search(r"(\d+x|[a-z]+)_coco", path.name)[1])
-        assert epochs in (None, cfg.train_cfg.max_epochs)
+        assert epochs in (None, cfg.train_cfg.get("max_epochs"))  # Vim's detector counts iterations
         steps = [part.milestones for part in cfg.param_scheduler if part.type == "MultiStepLR"]
         assert epochs is None or steps in ([], [[27, 33] if epochs == 36 else [8, 11]])
         return

@@ -187,6 +187,8 @@ def test_a_classifier_starts_the_feature_extractor_of_the_same_arguments(family,
         meta = json.loads(path.read_text())
         if not meta["form"].endswith("classifier") or "permutations" in meta["kwargs"]:
             continue
+        if family in COLUMNAR and len(from_upstream(family, "backbone", meta["kwargs"]).depths) <= max(out_indices):
+            continue
         form = meta["form"].replace("classifier", "backbone")
         out_indices = [i for i in out_indices if i < meta["kwargs"].get("num_layers", 3)]
         backbone = from_upstream(family, form, {**meta["kwargs"], "out_indices": out_indices})
@@ -215,7 +217,9 @@ def test_weights_of_another_family_or_variant_are_refused_naming_both(family, tm
     own = _smallest(family)
     others = [_smallest(other) for other in FAMILIES if other != family]
     of_its_own = [path for path in CLASSIFIERS if path.parent.name == family and path != own and _is_told(path)]
-    others += [path for path in of_its_own if (family, _variant(own)) not in _same_names_and_shapes(path)][:1]
+    # An embedding of positions on another grid fits by design.
+    sketches = load_converter(family).sketches
+    others += [path for path in of_its_own if sketches[_variant(path)] != sketches[_variant(own)]][:1]
     with torch.device("meta"):
         model = FAMILIES[family](_variant(own))
     model.to_empty(device="cpu")
