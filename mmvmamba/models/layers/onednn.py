@@ -168,11 +168,9 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Return ``grad.T @ x`` (c', c) of ``grad`` (m, c') and ``x`` (m, c) without a gradient.
 
     The operator copies its first operand in order when that is transposed, so the narrower one goes first unless the
-    result, then transposed, is the larger copy. Rows of ``x`` that lie apart in memory, such as a slice of a wider map,
-    would be multiplied thousands of times more slowly, so they are put together.
+    result, then transposed, is the larger copy. Rows that lie apart in memory, such as some channels of a wider map, would
+    be multiplied a thousand times more slowly, so they are put together.
     """
-    x = x.contiguous()
-    # Some channels of a wider map: oneDNN multiplies such rows, transposed, a thousand times more slowly.
     grad, x = grad.contiguous(), x.contiguous()
     (rows, width), inner = grad.shape, x.shape[1]
     if rows * (width - inner) > 2 * width * inner:
