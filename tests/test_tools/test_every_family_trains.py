@@ -39,8 +39,12 @@ def _options(task: str, family: str, data: Path, batch_size: int) -> dict[str, o
         widths = _pyramid(nano, channels)
         widths |= {f"{split}_evaluator.ann_file": data / "annotations/instances_val.json" for split in ("val", "test")}
     else:
+        widths = {}
+        if [nano.stage_strides[i] for i in nano.out_indices] == [16, 32, 64]:
+            # Upstream's segmentors have a pyramid, too; straight on such maps the loss falls by less than asked below.
+            widths, channels = _mobile_pyramid(channels, 32), [32] * 4
         auxiliary = min(2, len(channels) - 2)
-        widths = {
+        widths |= {
             "model.decode_head.in_channels": channels,
             "model.decode_head.in_index": list(range(len(channels))),
             "model.auxiliary_head.in_channels": channels[auxiliary],
@@ -77,12 +81,17 @@ def _pyramid(nano: BaseBackbone, channels: list[int]) -> dict[str, object]:
             "model.neck.in_channels": channels[-1:],
         }
     assert strides == [16, 32, 64]
+    return {**_mobile_pyramid(channels, 64), "model.rpn_head.anchor_generator.strides": [4, 8, *strides]}
+
+
+def _mobile_pyramid(channels: list[int], out_channels: int) -> dict[str, object]:
+    """Return a neck that makes maps of strides 4 to 64 of those of strides 16, 32 and 64."""
     return {
         "model.neck.type": "mmvmamba.EfficientViTFPN",
         "model.neck.in_channels": channels,
+        "model.neck.out_channels": out_channels,
         "model.neck.num_extra_trans_convs": 2,
         "model.neck.num_outs": 5,
-        "model.rpn_head.anchor_generator.strides": [4, 8, *strides],
     }
 
 

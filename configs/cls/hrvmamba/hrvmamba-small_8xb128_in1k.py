@@ -1,7 +1,5 @@
 """HRVMamba-S, 300 epochs on ImageNet-1k at 256x256: mmpretrain's Swin v2 recipe, 8 GPUs x 128 images.
 
-256x256 is the size for which upstream gives the FLOPs of all models but the largest; that it also trained and tested
-them at this size is our reading. The official weights are in Google Drive, as a file that a browser gets:
 256x256 is the size for which upstream gives the FLOPs of all its models but the largest; that it also trained and
 tested them at this size is our reading. The official weights are in Google Drive, as a file that a browser gets:
 https://drive.google.com/file/d/1Gxo0Pxg2D7x3dU0P2AZ2YGEFS-7XMxIX/view

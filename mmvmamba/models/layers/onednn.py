@@ -168,8 +168,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Return ``grad.T @ x`` (c', c) of ``grad`` (m, c') and ``x`` (m, c) without a gradient.
 
     The operator copies its first operand in order when that is transposed, so the narrower one goes first unless the
-    result, then transposed, is the larger copy. Rows that lie apart in memory, such as some channels of a wider map, would
-    be multiplied a thousand times more slowly, so they are put together.
+    result, then transposed, is the larger copy. Rows that lie apart in memory, such as some channels of a wider map,
+    would be multiplied a thousand times more slowly, so they are put together.
     """
     grad, x = grad.contiguous(), x.contiguous()
     (rows, width), inner = grad.shape, x.shape[1]

@@ -52,8 +52,6 @@ def _part(model, name):
         return "stem"
     if first == "layers":
         return int(second)
-    if re.fullmatch(r"outnorm\d+", first):
-        return int(first.removeprefix("outnorm"))
     mine = model.get_parameter(name)
     owners = (i for i in range(len(model.depths)) for part in model.parts_of_stage(i)
               if any(mine is parameter for parameter in part.parameters()))  # fmt: skip
@@ -129,8 +127,6 @@ def test_bad_out_indices(backbone, out_indices):
     n = _stages(backbone)
     if out_indices == ("n",):
         out_indices = (n,)
-    if out_indices is None and inspect.signature(backbone.__init__).parameters["out_indices"].default is None:
-        pytest.skip("None chooses by the depth")
     if out_indices is None and inspect.signature(backbone.__init__).parameters["out_indices"].default is None:
         pytest.skip("None chooses by the depth")
     with pytest.raises(ConfigError, match=rf"out_indices is .*expected distinct \w+ from 0 to {n - 1}"):

@@ -1,5 +1,7 @@
 """Deformable aggregation: the same numbers from bags of rows as from torchvision's operator, at any place and type."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -119,7 +121,7 @@ def test_empty_batch():
 
 
 def test_a_gpu_without_torchvision_says_so(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchvision.ops", None)
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
     with pytest.raises(BackendError, match="Install the torchvision release of your PyTorch"):
         aggregate_by_convolution(*_inputs((1, 4, 5, 16), 1), 1)
 
