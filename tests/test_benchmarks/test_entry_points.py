@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import backbones, contestants, detectors, families, operator_shares, ops, table, upstream_path
+from benchmarks import backbones, contestants, detectors, families, mobile, operator_shares, ops, table, upstream_path
 from benchmarks.cases import BACKWARD, CORE, FORWARD, SCAN, SEQUENCE, Case, build_problem, expect, sampled_grad
 from benchmarks.contestants import Contestant
 from benchmarks.harness import Notes
@@ -226,6 +226,26 @@ def test_families_refuse_what_is_not_there(capsys: pytest.CaptureFixture[str]) -
     assert "--variants names tiny-s1l8, expected variants of mambaout: femto" in capsys.readouterr().err
     assert families.main(["--rounds", "0"]) == 2
     assert "--rounds is 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_mobile(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mmpretrain")
+    pytest.importorskip("mmcv")
+    path = tmp_path / "mobile.json"
+    arguments = ["--size", "96", "--rounds", "3", "--seconds", "0", "--variants", "t2", "m1", "--json", str(path)]
+    assert mobile.main(arguments) == 0
+    rows = _rows(path)
+    everyone = {"mobilemamba t2", "efficientvim m1", "MobileNetV3-Large", "EfficientNet-B0"}
+    assert {(row["contestant"], row["form"]) for row in rows} == {
+        (name, form) for name in everyone for form in (mobile.TRAINED, mobile.DEPLOYED)
+    }
+    assert all(row["minimum"] > 0 and row["flops"] > 0 and row["over EfficientNet-B0"] > 0 for row in rows)
+    capsys.readouterr()
+    assert table.main([str(path)]) == 0
+    assert "this / MobileNetV3-Large, deployed" in capsys.readouterr().out
+    assert mobile.main(["--variants", "m5"]) == 2
+    assert "--variants names m5, expected variants of mobilemamba, efficientvim" in capsys.readouterr().err
 
 
 def test_operator_shares(capsys) -> None:
