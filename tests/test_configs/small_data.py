@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import uuid
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from mmengine.config import Config
 
 from mmvmamba.apis import load_config
 from mmvmamba.datasets.digits import DigitsSettings, write_digits
+from mmvmamba.models.backbones.columnar import ColumnarBackbone
+from mmvmamba.registry import MODELS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*/*/*.py"))
@@ -23,6 +27,7 @@ SCOPES = {"cls": "mmpretrain", "det": "mmdet", "seg": "mmseg"}
 IMAGES = 2  # of each split
 SHRINK = 8  # image scales and crops are divided by this
 PROPOSALS = 20  # of an image, and objects found in it
+DEEP, FEW = 24, 4  # layers
 _SIZES = ("scale", "scales", "crop_size", "size", "stride")
 
 
@@ -75,7 +80,8 @@ def small_config(path: Path, data: Path, work_dir: Path, **options: Any) -> Conf
 
     Changed are image scales and crops, batch sizes, workers, numbers of proposals and detections, and where data and
     weights come from. A detector keeps all scores besides: untrained, it finds nothing above the usual threshold, and
-    nothing would be evaluated.
+    nothing would be evaluated. Columnar networks deeper than the usual keep four layers of their width: with 300
+    million parameters, a step and its optimizer want gigabytes and minutes.
     """
     cfg = load_config(str(path), work_dir=str(work_dir), cfg_options={"model.backbone.init_cfg": None, **options})
     own_data = path.parent.name == "digits"
@@ -95,9 +101,25 @@ def small_config(path: Path, data: Path, work_dir: Path, **options: Any) -> Conf
         _shrink(cfg.tta_pipeline)
     if task_of(path) == "det":
         _keep_few_proposals(cfg.model)
+    _keep_few_layers(cfg.model.backbone)
     cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if "PretrainedCheckHook" not in hook.type]
     cfg.experiment_name = uuid.uuid4().hex
     return cfg
+
+
+def _keep_few_layers(backbone: Any) -> None:
+    trunk = backbone.get("backbone", backbone)
+    cls = MODELS.get(trunk.type)
+    if not issubclass(cls, ColumnarBackbone):
+        return
+    arch = import_module(cls.__module__).ARCHS[trunk.arch]
+    if arch.depth <= DEEP:
+        return
+    trunk.arch = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)} | {"depth": FEW}
+    if trunk.get("out_indices") is not None:
+        trunk.out_indices = tuple(range(FEW))[-len(trunk.out_indices) :]
+    if "interaction_indexes" in backbone:
+        backbone.interaction_indexes = tuple((layer, layer) for layer in range(FEW))
 
 
 def _keep_few_proposals(model: Any) -> None:
