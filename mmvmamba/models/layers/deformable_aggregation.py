@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -91,7 +90,8 @@ def deformable_aggregation(x: Tensor, offset_mask: Tensor, groups: int) -> Tenso
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
-    with torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext():
+    # Meta tensors have no autocast. To ask PyTorch which devices have one would break a graph of torch.compile.
+    with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         narrow = offset_mask[..., : PER_GROUP * groups].to(dtype)
         if device == "cuda":
             y = aggregate_by_convolution(x.to(dtype), narrow, groups)
