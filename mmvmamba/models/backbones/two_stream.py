@@ -174,7 +174,7 @@ class TwoStreamBackbone(ColumnarBackbone):
         # The tokens that enter a layer are those of the one before: the rates are one layer late.
         rates = [0.0, *drop_path_schedule(rate, (arch.depth,))[0]]
         self.layers = nn.ModuleList(TwoStreamBlock(arch, rates[layer]) for layer in range(arch.depth))
-        self.drop_path = DropPath(rates[-1])
+        self.drop_path = DropPath(rate)
         if not final_norm and self._is_normed():
             raise ConfigError(
                 "final_norm is False but the last layer's output is 'normed', expected a norm for it. Set "
