@@ -179,9 +179,12 @@ def _build_classifier(backbone: ShuffleMamba, kwargs: Mapping[str, Any], registe
     classes, dim = kwargs.get("num_classes", _NUM_CLASSES), backbone.arch.dim
     if not registers:
         return build_token_classifier(backbone, dim, classes)
-    reduction = kwargs.get("cls_reduce", 1)
+    reduction, arch = kwargs.get("cls_reduce", 1), backbone.arch
     return build_token_classifier(
-        backbone, dim, classes, lambda: build_register_cls_head(classes, dim, registers, reduction, backbone.arch.norm)
+        backbone,
+        dim,
+        classes,
+        lambda: build_register_cls_head(classes, dim, registers, reduction, arch.norm, arch.norm_eps),
     )
 
 

@@ -85,6 +85,9 @@ _WHY = "no released model has another"
 #: here), the device, a misspelling in upstream's ``vim_base``, the number of classes where there is no head.
 _IGNORED = ("fused_add_norm", "residual_in_fp32", "device", "dtype", "ft_seq_len", "if_devide_out")
 
+#: What the feature extractors take besides, likewise without effect: recomputation and the name of a dict's one entry.
+_IGNORED_BY_EXTRACTORS: dict[str, Any] = dict(use_checkpoint=False, out_feature="last_feat")
+
 _LAST = {"none": "hidden", "add": "residual", "add & norm": "normed"}
 
 
@@ -222,6 +225,8 @@ def _seg(kwargs: Mapping[str, Any]) -> nn.Module:
         out_indices=(3, 5, 7, 11),
         use_residual_as_feature=False,
         last_layer_process="none",
+        if_fpn=True,
+        **_IGNORED_BY_EXTRACTORS,
     )
     common, own = _take("backbone_seg", kwargs, own_defaults)
     if own["in_chans"] is not None:
@@ -236,7 +241,7 @@ def _seg(kwargs: Mapping[str, Any]) -> nn.Module:
         # Upstream appends the processed output of the last layer only where features are the residual stream.
         last_feature=last if residual else "hidden",
     )
-    neck = FourScalePyramid(common["embed_dim"], common["patch_size"])
+    neck = FourScalePyramid(common["embed_dim"], common["patch_size"]) if own["if_fpn"] else nn.Identity()
     return BackboneWithNeck(_with_tables(backbone, common), neck)
 
 
@@ -249,6 +254,8 @@ def _det(kwargs: Mapping[str, Any]) -> nn.Module:
         in_chans=None,
         out_channels=256,
         last_layer_process="add",
+        if_fpn=True,  # its pyramid stands around it, whatever this says
+        **_IGNORED_BY_EXTRACTORS,
     )
     common, own = _take("backbone_det", kwargs, own_defaults)
     if own["in_chans"] is not None:
@@ -306,7 +313,8 @@ def _read(form: str, state_dict: Mapping[str, Tensor], stages: Sequence[int]) ->
     if form != "backbone":
         refuse_out_norms(form, stages)
         return rename(state_dict, _READ[form], what)
-    ours = rename(state_dict, _READ[form], what, (_HEAD_OF_CLASSIFIER,) if stages else ())
+    # A trunk is a classifier's: upstream has it with the head alone.
+    ours = rename(state_dict, _READ[form], what, (_HEAD_OF_CLASSIFIER,))
     # There are no out norms to fill, but the layers are looked for, as in every family.
     if stages:
         check_layers(ours, stages, "Vim")

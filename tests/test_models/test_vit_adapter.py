@@ -62,6 +62,12 @@ def test_shapes_and_backward_at_any_size(size):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_an_empty_batch_has_empty_maps():
+    outs = _adapter()(torch.randn(0, 3, 40, 64))
+    assert [tuple(out.shape) for out in outs] == [(0, 32, 10, 16), (0, 32, 5, 8), (0, 32, 3, 4), (0, 32, 2, 2)]
+    sum(out.sum() for out in outs).backward()
+
+
 @pytest.mark.parametrize("build", [PlainMamba, Vim], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("size", [(40, 100), (33, 70), (64, 96)], ids=str)
 def test_any_size_is_the_padded_image_cropped(build, size):

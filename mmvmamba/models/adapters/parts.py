@@ -221,8 +221,8 @@ class Doubling(nn.ConvTranspose2d):
         b, h, w, _ = x.shape
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 c', c)
         bias = None if self.bias is None else self.bias.repeat(4)
-        cells = F.linear(x, weight, bias).view(b, h, w, 2, 2, -1)
-        return cells.permute(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, -1)
+        cells = F.linear(x, weight, bias).view(b, h, w, 2, 2, self.out_channels)
+        return cells.permute(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, self.out_channels)
 
 
 @torch.no_grad()

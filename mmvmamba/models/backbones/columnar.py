@@ -349,6 +349,9 @@ class ColumnarBackbone(BaseBackbone):
         grid = self.pos_grid if patches == math.prod(self.pos_grid) else square_grid(patches)
         if grid is None:
             return
+        if grid != self.pos_grid:
+            # A file in half precision is resized in that of the model: its type would round what lies between.
+            stored = stored.to(torch.promote_types(stored.dtype, own.dtype))
         rows = resize_position_embedding(only_patches(stored, at), grid, self.pos_grid)
         state_dict[key] = rows if not wanted else insert_tokens(rows, only_extra(stored, at), wanted)
         if dropped:

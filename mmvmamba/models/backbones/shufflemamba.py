@@ -99,7 +99,7 @@ class ShuffleMamba(TwoStreamBackbone):
             stream.
         last_feature: The same of the last layer, or the residual stream ``"normed"``.
         final_norm: Whether there is that norm; a classifier's checkpoint has it. It is kept untrained where no output
-            needs it.
+            needs it. Without it, the entries of a checkpoint are left out.
         drop_path_rate: Stochastic depth of the last layer; None takes the variant's own.
         shuffle_rate: Probability with which the last layer of a training step sees its tokens shuffled, see
             ``layers/shuffle.py``. Upstream trains its classifier with 0.5, with registers 0.1, and detectors and
@@ -236,7 +236,8 @@ class ShuffleMamba(TwoStreamBackbone):
             return
         grid = square_grid(stored.shape[1])
         if stored.shape != own.shape and grid is not None:
-            state_dict[key] = resize_position_embedding(stored, grid, self.pos_grid)
+            wide = stored.to(torch.promote_types(stored.dtype, own.dtype))
+            state_dict[key] = resize_position_embedding(wide, grid, self.pos_grid)
 
 
 def _checked_tokens(tokens: str | None, registers: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,8 @@ class TwoStreamBackbone(ColumnarBackbone):
         last_feature: The same of the last layer, or the residual stream ``"normed"``.
         rope: Which streams are rotated by the positions before every layer: none, the ``"hidden"`` tokens, or
             ``"both"`` them and the residual. The rotations accumulate along the depth.
-        final_norm: Whether there is that norm. It is kept untrained where no output needs it.
+        final_norm: Whether there is that norm. It is kept untrained where no output needs it. Without it, the entries
+            of a checkpoint are left out.
         out_indices, out_type, cls_token, shuffle_rate, frozen_stages, norm_eval, with_cp, init_cfg: See
             ``ColumnarBackbone``.
 
@@ -173,7 +174,7 @@ class TwoStreamBackbone(ColumnarBackbone):
         # The tokens that enter a layer are those of the one before: the rates are one layer late.
         rates = [0.0, *drop_path_schedule(rate, (arch.depth,))[0]]
         self.layers = nn.ModuleList(TwoStreamBlock(arch, rates[layer]) for layer in range(arch.depth))
-        self.drop_path = DropPath(rates[-1])
+        self.drop_path = DropPath(rate)
         if not final_norm and self._is_normed():
             raise ConfigError(
                 "final_norm is False but the last layer's output is 'normed', expected a norm for it. Set "
@@ -223,6 +224,12 @@ class TwoStreamBackbone(ColumnarBackbone):
         norm = cast("RMSNorm | LayerNorm", self.norm_f)
         normed: Tensor = norm(r + self.drop_path(h))
         return normed.to(norm.weight.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Leave out the final norm of a checkpoint if this model has none, besides what all columnar backbones do."""
+        for field in ("weight", "bias") if self.norm_f is None else ():
+            state_dict.pop(f"{prefix}norm_f.{field}", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def build_token_norm(arch: TwoStreamArch) -> RMSNorm | LayerNorm:

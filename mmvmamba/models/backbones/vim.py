@@ -57,7 +57,7 @@ class Vim(TwoStreamBackbone):
         rope: Which streams are rotated by the positions before every layer: ``"none"``, the ``"hidden"`` tokens, or
             ``"both"`` them and the residual stream. Upstream's detector and its larger segmentor rotate both.
         final_norm: Whether there is that norm; a classifier's checkpoint has it. It is kept untrained where no output
-            needs it.
+            needs it. Without it, the entries of a checkpoint are left out.
         drop_path_rate: Stochastic depth of the last layer; None takes the variant's own.
         shuffle_rate: Stochastic layer-wise shuffle while training, see ``ColumnarBackbone``.
         frozen_stages: -1 trains everything, 0 freezes the stem, i freezes the stem and the first i layers.

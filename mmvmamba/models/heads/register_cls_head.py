@@ -29,6 +29,7 @@ def build_register_cls_head(
     num_registers: int,
     reduction: int = 1,
     norm: TokenNorm = "rms_norm",
+    norm_eps: float = NORM_EPS,
     **settings: Any,
 ) -> BaseModule:
     """Build a head of an ``ImageClassifier`` of MMPretrain without a neck; its backbone returns its register tokens.
@@ -42,6 +43,7 @@ def build_register_cls_head(
         num_registers: Number of registers.
         reduction: How many times narrower a register becomes; a divisor of ``in_channels``.
         norm: ``"rms_norm"`` or ``"layer_norm"``, as in the backbone.
+        norm_eps: What that norm adds to the variance, as in the backbone.
         settings: Arguments of ``ClsHead`` (``loss``, ``topk``, ``cal_acc``, ``init_cfg``), which refuses others.
 
     Raises:
@@ -59,7 +61,7 @@ def build_register_cls_head(
         raise ConfigError(
             f"RegisterClsHead: reduction is {reduction}, expected a divisor of in_channels={in_channels}. Choose one."
         )
-    return _head_class()(num_classes, in_channels, num_registers, reduction, norm, **settings)
+    return _head_class()(num_classes, in_channels, num_registers, reduction, norm, norm_eps, **settings)
 
 
 @functools.cache
@@ -76,6 +78,7 @@ def _head_class() -> type[BaseModule]:
             num_registers: int,
             reduction: int,
             norm: TokenNorm,
+            norm_eps: float,
             **settings: Any,
         ) -> None:
             super().__init__(**settings)
@@ -85,7 +88,7 @@ def _head_class() -> type[BaseModule]:
             self.norm: nn.Module = nn.Identity()
             if reduction > 1:
                 self.neck = nn.Linear(in_channels, in_channels // reduction, bias=False)
-                self.norm = (RMSNorm if norm == "rms_norm" else LayerNorm)(width, eps=NORM_EPS)
+                self.norm = (RMSNorm if norm == "rms_norm" else LayerNorm)(width, eps=norm_eps)
             self.fc = nn.Linear(width, num_classes)
             for layer in (self.neck, self.fc):
                 if isinstance(layer, nn.Linear):

@@ -61,11 +61,11 @@ class BidirectionalMamba(nn.Module):
         _check_sizes(inner=inner, d_state=d_state, dt_rank=rank, conv_kernel=conv_kernel)
         self.inner, self.d_state, self.dt_rank, self.halve = inner, d_state, rank, halve
 
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((channels,), float(layer_scale)))
         self.A_log = nn.Parameter(torch.empty(inner, d_state))
         self.D = nn.Parameter(torch.ones(inner))
         self.A_b_log = nn.Parameter(torch.empty(inner, d_state))
         self.D_b = nn.Parameter(torch.ones(inner))
-        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((channels,), float(layer_scale)))
         self.in_proj = Linear(channels, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, conv_kernel, groups=inner, padding=conv_kernel - 1)
         self.x_proj = Linear(inner, rank + 2 * d_state, bias=False)

@@ -91,7 +91,7 @@ class DeformableAttention(nn.Module):
         sizes = torch.tensor([(columns, rows) for rows, columns in grids], dtype=accumulate, device=query.device)
         locations = places.to(accumulate)[:, None, None, None] + offsets / sizes[:, None]
         sampled = sample_points(
-            value.to(accumulate).unflatten(-1, (k, -1)), grids, locations, weights.view(b, q, k, levels, points)
+            value.to(accumulate).unflatten(-1, (k, value.shape[-1] // k)), grids, locations, weights.view(b, q, k, levels, points)
         )
         return self.output_proj(sampled.to(value.dtype))
 

@@ -40,7 +40,7 @@ class LayerShuffle(nn.Module):
         """Return a permutation (l,), int64, of the ``tokens`` (b, l, d) of a layer, or None for their own order."""
         if not self.training or self.rate == 0.0:
             return None
-        if torch.rand(1).item() >= self.rates[layer]:
+        if torch.rand(1, device="cpu").item() >= self.rates[layer]:
             return None
         return torch.randperm(tokens.shape[1], device=tokens.device)
 

@@ -138,7 +138,7 @@ class SimpleFeaturePyramid(BaseModule):
 class FourScalePyramid(BaseModule):
     """BEiT's pyramid of maps from four depths: each at a resolution of its own, strides 4, 8, 16, 32 of the image.
 
-    No output has a norm or an activation at its end.
+    A single map is taken for all four. No output has a norm or an activation at its end.
 
     Args:
         in_channels: Channels of every map, which the outputs keep; a list of equal numbers will do, too.
@@ -165,7 +165,7 @@ class FourScalePyramid(BaseModule):
         self.fpn1, self.fpn2, self.fpn3, self.fpn4 = _four_scales(d, stride, norm)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return one map (b, d, h', w') per map (b, d, h, w), from the finest to the coarsest.
+        """Return one map (b, d, h', w') per map (b, d, h, w), the finest first; all four of a single one.
 
         Raises:
             OpInputError: If there are none or more than four.
@@ -176,7 +176,8 @@ class FourScalePyramid(BaseModule):
                 f"FourScalePyramid got {len(maps)} maps, expected one to four. Name so many layers in out_indices of "
                 "the backbone."
             )
-        return tuple(level(x) for level, x in zip(levels, maps, strict=False))
+        each = maps if len(maps) > 1 else [maps[0]] * _LEVELS
+        return tuple(level(x) for level, x in zip(levels, each, strict=False))
 
 
 def _four_scales(d: int, stride: int, norm: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:

@@ -241,6 +241,10 @@ def test_the_head_of_registers():
     assert {name for name, _ in build_register_cls_head(5, 8, 3).named_parameters()} == {"fc.weight", "fc.bias"}
     with pytest.raises(ConfigError, match=r"returns \(2, 8\), expected \(b, 24\), 3 registers of 8 channels"):
         head((torch.randn(2, 8),))
+    kwargs = dict(SMALL, img_size=32, num_cls_tokens=2, cls_reduce=2, norm_epsilon=1e-3)
+    for norm in ("rms", "ln"):
+        model = from_upstream("shufflemamba", "classifier_reg", dict(kwargs, norm=norm))
+        assert model.head.norm.eps == model.backbone.norm_f.eps == 1e-3
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,15 @@ def test_a_classifier_starts_a_feature_extractor_of_another_size(tmp_path):
         wider.init_weights()
 
 
+def test_a_file_in_half_precision_without_use_for_its_norm():
+    """Rows are resized in the type of the model; a model without final norm leaves that of the file out."""
+    source = _stirred(Vim("nano", img_size=64)).half()
+    target = Vim("nano", img_size=96, cls_token="none", last_feature="residual", final_norm=False)  # noqa: S106
+    target.load_state_dict(source.state_dict())
+    rows = only_patches(source.pos_embed.float(), (8,))
+    assert torch.equal(target.pos_embed, resize_position_embedding(rows, (4, 4), (6, 6)))
+
+
 def test_rows_of_no_square_fit_their_own_grid_only():
     source = Vim(SMALL, img_size=(64, 48))
     model = Vim(SMALL, img_size=(64, 48), cls_token="none")  # noqa: S106
@@ -318,6 +327,28 @@ def test_upstream_s_tables_come_and_go():
     trunk = {name: value for name, value in state.items() if not name.startswith("fpn")}
     bare = Vim(VimArch(8, 2), img_size=64, cls_token="none", rope="both")  # noqa: S106
     bare.load_state_dict(convert_state_dict("vim", "backbone", trunk))
+
+
+def test_a_trunk_is_a_classifier_without_its_head():
+    state = {**Vim(SMALL, img_size=64).state_dict(), "head.weight": torch.zeros(5, 8), "head.bias": torch.zeros(5)}
+    assert not any(name.startswith("head") for name in convert_state_dict("vim", "backbone", state))
+
+
+def test_segmentor_with_one_feature_and_without_pyramid():
+    """Upstream takes a single feature for all four levels; names of files do not depend on it."""
+    kwargs = dict(img_size=64, embed_dim=8, depth=3, use_residual_as_feature=True, last_layer_process="add & norm")
+    model = _stirred(from_upstream("vim", "backbone_seg", dict(kwargs, out_indices=[1], use_checkpoint=False)))
+    image = torch.randn(2, 3, 64, 64)
+    (feature,), outs = model.backbone(image), model(image)
+    assert [out.shape[2:] for out in outs] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    assert torch.equal(outs[2], feature)
+    bare = from_upstream("vim", "backbone_seg", dict(kwargs, out_indices=[1, 2], if_fpn=False)).eval()
+    state = to_upstream_state_dict("vim", "backbone_seg", model.state_dict())
+    trunk = {name: value for name, value in state.items() if not name.startswith("fpn")}
+    bare.load_state_dict(convert_state_dict("vim", "backbone_seg", trunk))
+    maps = bare(image)
+    assert torch.equal(maps[0], feature)
+    assert maps[1].shape == (2, 8, 4, 4)
 
 
 def test_a_classifier_without_class_token_pools():

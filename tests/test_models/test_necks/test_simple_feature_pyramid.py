@@ -54,6 +54,8 @@ def test_fewer_maps_and_a_synchronised_norm():
     neck = FourScalePyramid([8, 8], norm="sync_batch_norm")
     assert isinstance(neck.fpn1[1], torch.nn.SyncBatchNorm)
     assert len(neck.eval()([torch.randn(1, 8, 3, 3)] * 2)) == 2
+    x = torch.randn(1, 8, 4, 6)
+    assert all(torch.equal(out, same) for out, same in zip(neck([x]), neck([x] * 4), strict=True))
 
 
 def test_a_head_of_another_library_has_the_norm_by_name():
