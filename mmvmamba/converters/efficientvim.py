@@ -86,6 +86,12 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def _feature_extractor(kwargs: Mapping[str, Any]) -> EfficientViM:
+    kwargs = dict(kwargs)
+    # In upstream's configs a released variant is a type, and beside it is an argument that has no effect.
+    name = kwargs.pop("type", "EfficientViM")
+    kwargs.pop("in_channels", None)
+    if name != "EfficientViM":
+        kwargs.setdefault("function", name)
     _, kwargs = released_arguments(kwargs, UPSTREAM_FUNCTIONS)
     refuse_pretrained(kwargs.pop("pretrained", None))
     reject_unknown_arguments(kwargs, [*_DEFAULTS, "out_indices", "frozen_stages"], "efficientvim backbone")
