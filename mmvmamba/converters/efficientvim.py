@@ -100,7 +100,8 @@ def _feature_extractor(kwargs: Mapping[str, Any]) -> EfficientViM:
     frozen_stages = min(kwargs.pop("frozen_stages", -1), 0)
     options = _upstream_efficientvim(**kwargs)
     stages = range(len(options["arch"].dims)) if out_indices is None else out_indices
-    return EfficientViM(**options, out_indices=tuple(stages), frozen_stages=frozen_stages)
+    # Upstream's feature extractor trains with the statistics that it has.
+    return EfficientViM(**options, out_indices=tuple(stages), frozen_stages=frozen_stages, norm_eval=True)
 
 
 def _classifier(backbone: EfficientViM, num_classes: int, distillation: bool) -> nn.Module:
