@@ -86,6 +86,12 @@ def _build(form: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def _feature_extractor(kwargs: Mapping[str, Any]) -> EfficientViM:
+    kwargs = dict(kwargs)
+    # In upstream's configs a released variant is a type, and beside it is an argument that has no effect.
+    name = kwargs.pop("type", "EfficientViM")
+    kwargs.pop("in_channels", None)
+    if name != "EfficientViM":
+        kwargs.setdefault("function", name)
     _, kwargs = released_arguments(kwargs, UPSTREAM_FUNCTIONS)
     refuse_pretrained(kwargs.pop("pretrained", None))
     reject_unknown_arguments(kwargs, [*_DEFAULTS, "out_indices", "frozen_stages"], "efficientvim backbone")
@@ -94,7 +100,8 @@ def _feature_extractor(kwargs: Mapping[str, Any]) -> EfficientViM:
     frozen_stages = min(kwargs.pop("frozen_stages", -1), 0)
     options = _upstream_efficientvim(**kwargs)
     stages = range(len(options["arch"].dims)) if out_indices is None else out_indices
-    return EfficientViM(**options, out_indices=tuple(stages), frozen_stages=frozen_stages)
+    # Upstream's feature extractor trains with the statistics that it has.
+    return EfficientViM(**options, out_indices=tuple(stages), frozen_stages=frozen_stages, norm_eval=True)
 
 
 def _classifier(backbone: EfficientViM, num_classes: int, distillation: bool) -> nn.Module:

@@ -90,7 +90,15 @@ def build_classifier(
         channels: Channels of its last map.
         num_classes: Number of classes.
         head: Builds the head; None for one linear map.
+
+    Raises:
+        ConfigError: If there is no class.
     """
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ConfigError(
+            f"num_classes is {num_classes!r}, expected a positive integer: a classifier has classes. Use form "
+            "'backbone' for features."
+        )
     # Only this form needs MMPretrain.
     from mmengine.registry import DefaultScope
     from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead

@@ -74,6 +74,13 @@ def _shape(name: str, options: Mapping[str, Any], branches: int) -> tuple[int, i
     missing = [key for key in _SHAPE if key not in options]
     if missing:
         raise ConfigError(f"extra[{name!r}] lacks {', '.join(missing)}, expected {', '.join(_SHAPE)}. Add them.")
+    for key, kind, words in (
+        ("num_modules", int, "an integer"),
+        ("num_blocks", list | tuple, "a list"),
+        ("num_channels", list | tuple, "a list"),
+    ):
+        if not isinstance(options[key], kind):
+            raise ConfigError(f"extra[{name!r}]: {key} is {options[key]!r}, expected {words}. Correct it.")
     block = "BOTTLENECK" if branches == 1 else "HRVmambaBlock"
     blocks, widths = tuple(options["num_blocks"]), tuple(options["num_channels"])
     found = (options["num_branches"], len(blocks), len(widths))
@@ -122,10 +129,14 @@ def _arch(
     extra: Mapping[str, Any], neck_channels: Sequence[int] | None, neck_out_channels: int | None, se_lpu: bool
 ) -> HRVMambaArch:
     """Translate upstream's nested dict."""
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"extra is {extra!r}, expected upstream's dict of {', '.join(STAGES)}. Correct it.")
     reject_unknown_arguments(extra, ("drop_path_rate", *STAGES), "extra")
-    missing = [name for name in STAGES if name not in extra]
+    missing = [name for name in STAGES if not isinstance(extra.get(name), Mapping)]
     if missing:
-        raise ConfigError(f"extra lacks {', '.join(missing)}, expected {', '.join(STAGES)}. Add them.")
+        raise ConfigError(
+            f"extra lacks {', '.join(missing)}, expected a dict for each of {', '.join(STAGES)}. Add them."
+        )
     reject_unknown_arguments(extra["stage1"], _SHAPE, "extra['stage1']")
     shapes = [_shape(name, extra[name], branches + 1) for branches, name in enumerate(STAGES)]
     dims = shapes[-1][2]

@@ -14,6 +14,14 @@ from mmvmamba.errors import ConfigError
 from mmvmamba.models.backbones.base import BaseBackbone
 from mmvmamba.models.necks import EfficientViTFPN
 
+#: Arguments of upstream's neck that may have this value alone, with which they change nothing: no recipe has another.
+_NEUTRAL: dict[str, Any] = {
+    "end_level": -1,
+    "conv_cfg": None,
+    "norm_cfg": None,
+    "act_cfg": None,
+    "upsample_cfg": {"mode": "nearest"},
+}
 #: The neck has upstream's names here.
 _NECK = r"neck\..*"
 _BACKBONE = "backbone."
@@ -39,12 +47,20 @@ class BackboneWithNeck(nn.Module):
 
 
 def build_with_neck(backbone: BaseBackbone, neck: Mapping[str, Any]) -> BackboneWithNeck:
-    """Return the feature extractor with a neck of upstream's constructor arguments, which are those of ours.
+    """Return the feature extractor with a neck of upstream's constructor arguments.
+
+    These are those of ours, those of `_NEUTRAL`, ``no_norm_on_lateral``, which changes nothing where no norm is, and
+    ``extra_convs_on_inputs``, which says what ``add_extra_convs=True`` means.
 
     Raises:
         ConfigError: If an argument is unknown, or the neck wants other maps than the backbone gives.
     """
-    arguments = {name: value for name, value in neck.items() if name != "type"}
+    arguments = {name: value for name, value in neck.items() if name not in ("type", "no_norm_on_lateral")}
+    for name, value in _NEUTRAL.items():
+        if arguments.pop(name, value) != value:
+            raise ConfigError(f"neck: {name} is {neck[name]!r}, expected {value!r}, as all recipes have it. Remove it.")
+    if not arguments.pop("extra_convs_on_inputs", True) and arguments.get("add_extra_convs") is True:
+        arguments["add_extra_convs"] = "on_output"
     try:
         built = EfficientViTFPN(**arguments)
     except TypeError as error:

@@ -42,6 +42,8 @@ _STAGES = 3
 
 # ---------------------------------------------------------------- constructor arguments -> our options
 
+#: Upstream's stages halve the map between them and not behind the last one; its models have no other list.
+_DOWN_OPS = (("subsample", 2), ("subsample", 2), ("",))
 #: Two directions by rows. Upstream reads the suffixes and gates in any case.
 _FORWARDS = dict.fromkeys(("v052d", "v052d_noz", "v052d_nozact"), "rows, both ways")
 
@@ -51,21 +53,30 @@ def _upstream_arguments(
     in_chans: int = 3,
     num_classes: int = 1000,  # noqa: ARG001 (belongs to the head)
     stages: Sequence[str] = ("s",) * _STAGES,
-    embed_dim: Sequence[int] = (200, 376, 448),
+    embed_dim: Sequence[int] = (192, 384, 448),
     global_ratio: Sequence[float] = (0.8, 0.7, 0.6),
     local_ratio: Sequence[float] = (0.2, 0.2, 0.3),
-    depth: Sequence[int] = (2, 3, 2),
+    depth: Sequence[int] = (1, 2, 2),
     kernels: Sequence[int] = (7, 5, 3),
+    down_ops: Sequence[Sequence[Any]] = _DOWN_OPS,
     drop_path: float = 0.0,
     distillation: bool = False,  # noqa: ARG001 (belongs to the head)
-    ssm_ratio: float = 2,
+    ssm_ratio: float = 1,
     forward_type: str = "v052d",
 ) -> dict[str, Any]:
-    """Translate the arguments of upstream's ``MobileMamba`` to those of ours; defaults are the released B models'."""
+    """Translate the arguments of upstream's ``MobileMamba`` (names and defaults are its) to those of ours.
+
+    The default of ``ssm_ratio`` is that of no released model: all of them are given 2.
+    """
     if len(embed_dim) != _STAGES or tuple(stages) != ("s",) * _STAGES:
         raise ConfigError(
             f"embed_dim is {embed_dim!r} and stages {stages!r}, expected {_STAGES} widths and {['s'] * _STAGES}: "
             "upstream has no other. Correct them, or build MobileMamba by hand."
+        )
+    if tuple(tuple(op) for op in down_ops) != _DOWN_OPS:
+        raise ConfigError(
+            f"down_ops is {down_ops!r}, expected {[list(op) for op in _DOWN_OPS]}: no model halves its maps elsewhere. "
+            "Remove it."
         )
     translate("forward_type", forward_type, _FORWARDS)
     arch = MobileMambaArch(
@@ -82,8 +93,10 @@ def _upstream_arguments(
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(_upstream_arguments).parameters.items()}
 _OF_HEAD = ("num_classes", "distillation")
-# ``pretrained`` names a file upstream loads in the constructor; here weights are loaded by init_cfg.
+# ``pretrained`` names a file upstream loads in the constructor; here weights are loaded by init_cfg. ``sync_bn`` makes
+# batch norms synchronise in parallel training, which in MMEngine a model wrapper does, and changes nothing else.
 _BACKBONE_DEFAULTS: dict[str, Any] = {
+    "sync_bn": False,
     "out_indices": (1, 2, 3),
     "frozen_stages": -1,
     "norm_eval": False,
@@ -94,7 +107,11 @@ _BACKBONE_DEFAULTS: dict[str, Any] = {
 _SIZES = {"t2": 192, "t4": 192, "s6": 224, "b1": 256, "b2": 384, "b4": 512}
 UPSTREAM_FUNCTIONS: dict[str, dict[str, Any]] = {
     f"MobileMamba_{name.upper()}": dict(
-        img_size=size, embed_dim=ARCHS[name].dims, depth=ARCHS[name].depths, drop_path=ARCHS[name].drop_path_rate
+        img_size=size,
+        embed_dim=ARCHS[name].dims,
+        depth=ARCHS[name].depths,
+        drop_path=ARCHS[name].drop_path_rate,
+        ssm_ratio=ARCHS[name].ssm_ratio,
     )
     for name, size in _SIZES.items()
 }
@@ -127,6 +144,7 @@ def _build_backbone(kwargs: Mapping[str, Any]) -> MobileMamba:
     reject_unknown_arguments(kwargs, [*_DEFAULTS, *_BACKBONE_DEFAULTS], "mobilemamba backbone")
     extra = {name: kwargs.pop(name, default) for name, default in _BACKBONE_DEFAULTS.items()}
     refuse_pretrained(extra.pop("pretrained"))
+    del extra["sync_bn"]
     return MobileMamba(**_upstream_arguments(**kwargs), **{**extra, "out_indices": tuple(extra["out_indices"])})
 
 

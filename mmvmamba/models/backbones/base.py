@@ -63,7 +63,7 @@ class BaseBackbone(BaseModule):
             loads weights and raises when they do not fit; see ``read_pretrained`` for the out norms.
 
     Raises:
-        ConfigError: If ``out_indices`` or ``frozen_stages`` is impossible.
+        ConfigError: If ``in_channels``, ``out_indices`` or ``frozen_stages`` is impossible.
     """
 
     #: Names of the stem's modules and parameters, frozen by ``frozen_stages >= 0``.
@@ -86,6 +86,11 @@ class BaseBackbone(BaseModule):
         init_cfg: dict | list[dict] | None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ConfigError(
+                f"in_channels is {in_channels!r}, expected a positive integer: the channels of the image. Choose 3 for "
+                "colours."
+            )
         self.in_channels = in_channels
         self.depths = tuple(depths)
         self.out_indices = check_out_indices(out_indices, len(self.depths))

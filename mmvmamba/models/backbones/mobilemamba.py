@@ -56,7 +56,7 @@ class MobileMambaArch:
         dims: Channels of every stage.
         depths: Blocks of every stage.
         drop_path_rate: Stochastic depth of the released recipe.
-        global_ratio: Per stage, the part of the channels that is scanned; `split_channels` rounds it.
+        global_ratio: Per stage, the part of the channels that is scanned; `split_channels` rounds it, perhaps to none.
         local_ratio: Per stage, the part of the channels that is convolved alone, rounded down; all others pass.
         kernels: Per stage, the side of the convolutions of local channels and of wavelet bands, odd.
         ssm_ratio: Inner channels of the scan as a multiple of the scanned channels.
@@ -96,13 +96,13 @@ def split_channels(channels: int, global_ratio: float, local_ratio: float) -> tu
     is convolved is rounded down and takes at most what is left.
 
     Raises:
-        ConfigError: If no channel, or more than there are, would be scanned, or a ratio is negative.
+        ConfigError: If more channels than there are would be scanned, or a ratio is negative.
     """
     scanned = (int(global_ratio * channels) + _SCAN_STEP // 2) // _SCAN_STEP * _SCAN_STEP
-    if not 0 < scanned <= channels or local_ratio < 0:
+    if not 0 <= scanned <= channels or global_ratio < 0 or local_ratio < 0:
         raise ConfigError(
             f"arch: global_ratio {global_ratio!r} and local_ratio {local_ratio!r} of {channels} channels have "
-            f"{scanned} scanned, expected {_SCAN_STEP} to {channels} in steps of {_SCAN_STEP} and no negative ratio. "
+            f"{scanned} scanned, expected 0 to {channels} in steps of {_SCAN_STEP} and no negative ratio. "
             "Change a ratio or the stage's dims."
         )
     convolved = min(int(local_ratio * channels), channels - scanned)
@@ -218,7 +218,7 @@ class MultiReceptiveMixer(nn.Module):
                 ConvBN(convolved, convolved, kernel_size, groups=convolved, relu=True),
                 ConvBN(convolved, convolved, groups=convolved),
             )
-        self.global_op = WaveletScan(scanned, kernel_size, ssm_ratio)
+        self.global_op: nn.Module = WaveletScan(scanned, kernel_size, ssm_ratio) if scanned else nn.Identity()
         self.act = nn.ReLU()
         self.proj = ConvBN(sum(split), sum(split), norm_weight=0.0)
 

@@ -33,7 +33,7 @@ class DropPath(nn.Module):
 
 
 def _check_rate(rate: float) -> None:
-    if not 0.0 <= rate < 1.0:
+    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
         raise ConfigError(f"drop path rate is {rate!r}, expected a number in [0, 1). Choose a rate in that range.")
 
 

@@ -175,6 +175,13 @@ def test_other_in_channels(backbone):
         assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("option", [{"in_channels": 0}, {"in_channels": "3"}, {"drop_path_rate": "0.1"}], ids=str)
+@every_backbone
+def test_impossible_numbers_are_refused(backbone, option):
+    with pytest.raises(ConfigError, match=r"in_channels is|drop path rate is"):
+        backbone("nano", **option)
+
+
 @every_backbone
 @pytest.mark.parametrize("which", ["stem", "one", "all"])
 def test_freezing(backbone, which):

@@ -257,6 +257,21 @@ def test_upstream_freezes_the_stem_alone():
     assert frozen == {"patch_embed"} and model.frozen_stages == 0
 
 
+def test_upstreams_feature_extractor_keeps_its_statistics_while_training():
+    model = from_upstream("efficientvim", "backbone", SMALL).train()
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
+    assert model.layers[0].blocks[0].dwconv1.norm.weight.requires_grad
+
+
+def test_the_backbones_of_upstreams_configs():
+    with torch.device("meta"):
+        for kind, name in (("EfficientViM_M4", "m4"), ("EfficientViM", "m2")):
+            told = dict(type=kind, pretrained=None, frozen_stages=-1, in_channels=[224, 320, 512])
+            assert from_upstream("efficientvim", "backbone", told).arch == ARCHS[name]
+    with pytest.raises(ConfigError, match="'EfficientVim_M4'.*Did you mean 'EfficientViM_M4'"):
+        from_upstream("efficientvim", "backbone", dict(type="EfficientVim_M4"))
+
+
 def test_upstream_arguments_are_checked():
     with pytest.raises(ConfigError, match="unknown argument 'ssd_expands'.*ssd_expand"):
         from_upstream("efficientvim", "backbone", SMALL | dict(ssd_expands=1))

@@ -92,10 +92,11 @@ class Restated:
     def block(self, name: str, x: torch.Tensor) -> torch.Tensor:
         attn = f"{name}.mixer.m.attn"
         y = self.ffn(f"{name}.ffn0", self.dw(f"{name}.dw0", x))
-        g = self.state[f"{attn}.global_op.wt_filter"].shape[0] // 4
+        scanned = self.state.get(f"{attn}.global_op.wt_filter")
+        g = 0 if scanned is None else scanned.shape[0] // 4
         local = self.state.get(f"{attn}.local_op.dwconv3x3.weight")
         n = 0 if local is None else local.shape[0]
-        parts = [self.global_op(f"{attn}.global_op", y[:, :g])]
+        parts = [self.global_op(f"{attn}.global_op", y[:, :g])] if g else []
         parts += [self.local_op(f"{attn}.local_op", y[:, g : g + n])] if n else []
         mixed = torch.cat([*parts, y[:, g + n :]], dim=1).clamp(min=0)
         y = y + self.conv(f"{attn}.proj.1", mixed)
@@ -161,6 +162,7 @@ CASES = {
     "one row": (_SMALL, (1, 3, 1, 100)),
     "deeper, no identity": (dict(embed_dim=[16, 20, 32], depth=[2, 1, 2], local_ratio=[0.5, 0.5, 0.5]), (1, 3, 70, 49)),
     "no local channels": (dict(_SMALL, local_ratio=[0, 0, 0]), (1, 3, 70, 49)),
+    "none scanned in two stages": (dict(_SMALL, global_ratio=[0, 0.7, 0.1]), (1, 3, 70, 49)),
     "kernels": (dict(_SMALL, kernels=[1, 3, 9]), (1, 3, 100, 70)),
     "ratios": (
         dict(embed_dim=[40, 36, 64], depth=[1, 1, 1], global_ratio=[0.4, 0.9, 0.5], ssm_ratio=1.5),
@@ -216,7 +218,7 @@ def test_channel_splits_are_the_published_ones():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(global_ratio=(0.1, 0.7, 0.6)), "0 scanned"),
+        (dict(global_ratio=(-0.1, 0.7, 0.6)), "no negative"),
         (dict(global_ratio=(1.0, 0.7, 0.6), dims=(24, 24, 40)), "32 scanned"),
         (dict(local_ratio=(0.2, 0.2)), "local_ratio"),
         (dict(local_ratio=(-0.2, 0.2, 0.3)), "negative"),
@@ -238,11 +240,43 @@ def test_impossible_options_are_refused(change, words):
         (dict(embed_dim=[20, 24], depth=[1, 1]), "embed_dim"),
         (dict(pretrained="x.pth"), "pretrained"),
         (dict(embed_dims=[20, 24, 40]), "embed_dim"),
+        (dict(down_ops=[["subsample", 2], [""], [""]]), "down_ops"),
     ],
 )
 def test_upstream_arguments_that_cannot_be_are_refused(change, words):
     with pytest.raises(ConfigError, match=words):
         from_upstream("mobilemamba", "backbone", {**_SMALL, **change})
+
+
+def test_upstream_defaults_and_what_its_configs_say():
+    """Which is not what any released model has: the scan of the default is half as wide."""
+    with torch.device("meta"):
+        plain = from_upstream("mobilemamba", "backbone", {}).arch
+        released = from_upstream("mobilemamba", "backbone", dict(function="MobileMamba_S6")).arch
+    assert (plain.dims, plain.depths, plain.ssm_ratio) == ((192, 384, 448), (1, 2, 2), 1)
+    assert released == ARCHS["s6"]
+    told = dict(_SMALL, down_ops=[["subsample", 2], ["subsample", 2], [""]], sync_bn=True, num_classes=80, img_size=192)
+    assert from_upstream("mobilemamba", "backbone", told).arch.dims == (20, 24, 40)
+
+
+def test_arguments_of_the_neck_that_change_nothing():
+    neck = dict(in_channels=[20, 24, 40], out_channels=8, num_outs=4)
+    neutral = dict(
+        end_level=-1,
+        conv_cfg=None,
+        norm_cfg=None,
+        act_cfg=None,
+        upsample_cfg=dict(mode="nearest"),
+        no_norm_on_lateral=True,
+        extra_convs_on_inputs=False,
+    )
+    for extra, source in ((False, None), ("on_lateral", "on_lateral"), (True, "on_output")):
+        told = {**neck, **neutral, "add_extra_convs": extra}
+        model = from_upstream("mobilemamba", "backbone_neck", dict(backbone=_SMALL, neck=told))
+        assert model.neck.add_extra_convs == source
+    for change in (dict(end_level=1), dict(norm_cfg=dict(type="BN")), dict(upsample_cfg=dict(mode="bilinear"))):
+        with pytest.raises(ConfigError, match=f"neck: {next(iter(change))} is"):
+            from_upstream("mobilemamba", "backbone_neck", dict(backbone=_SMALL, neck={**neck, **change}))
 
 
 def test_neck_arguments_are_checked():
