@@ -90,9 +90,8 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(query).to(accumulate).view(b, q, k, levels * points).softmax(-1)
         sizes = torch.tensor([(columns, rows) for rows, columns in grids], dtype=accumulate, device=query.device)
         locations = places.to(accumulate)[:, None, None, None] + offsets / sizes[:, None]
-        sampled = sample_points(
-            value.to(accumulate).unflatten(-1, (k, value.shape[-1] // k)), grids, locations, weights.view(b, q, k, levels, points)
-        )
+        heads = value.to(accumulate).unflatten(-1, (k, value.shape[-1] // k))
+        sampled = sample_points(heads, grids, locations, weights.view(b, q, k, levels, points))
         return self.output_proj(sampled.to(value.dtype))
 
 
