@@ -34,4 +34,7 @@ def test_every_family_is_drawn_and_told(family):
 def test_every_variant_has_its_time():
     rows = [line.split("|")[1:-1] for line in PAGE.splitlines() if re.match(r"\| \w+ \| `", line)]
     assert {row[0].strip() for row in rows} == {cls.__name__ for cls in FAMILIES.values()}
-    assert not [row for row in rows if not all(re.fullmatch(r" \d+\.\d+ ", cell) for cell in row[-4:])]
+    timed = [all(re.fullmatch(r" \d+\.\d+ ", cell) for cell in row[-4:]) for row in rows]
+    without = {row[1].strip(" `") for row, has_times in zip(rows, timed, strict=True) if not has_times}
+    # 300 million parameters are too many for the benchmark's machine; b2 and b4 are b1's network.
+    assert without == {"large40", "large48", "reg-large", "b2", "b4"}
