@@ -27,6 +27,7 @@ SCOPES = {"cls": "mmpretrain", "det": "mmdet", "seg": "mmseg"}
 IMAGES = 2  # of each split
 SHRINK = 8  # image scales and crops are divided by this
 PROPOSALS = 20  # of an image, and objects found in it
+LARGEST_STRIDE = 64  # of a network with its neck; images are padded to multiples of such
 DEEP, FEW = 24, 4  # layers
 _SIZES = ("scale", "scales", "crop_size", "size", "stride")
 
@@ -101,9 +102,12 @@ def small_config(path: Path, data: Path, work_dir: Path, **options: Any) -> Conf
         _shrink(cfg.tta_pipeline)
     if task_of(path) == "det":
         _keep_few_proposals(cfg.model)
+        if not own_data and cfg.model.data_preprocessor.pad_size_divisor > LARGEST_STRIDE:  # the side of a square
+            cfg.model.data_preprocessor.pad_size_divisor //= SHRINK
     _keep_few_layers(cfg.model.backbone)
     cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if "PretrainedCheckHook" not in hook.type]
     cfg.experiment_name = uuid.uuid4().hex
+    cfg.randomness = dict(seed=0)  # else a new one at every run
     return cfg
 
 

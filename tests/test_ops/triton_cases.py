@@ -236,9 +236,11 @@ def cut(value: Tensor | None, *sizes: int) -> Tensor | None:
 def test_samples_of_maps(seed: int) -> None:
     sample = MAKERS["scan2d"](seed)
     x, projections, weight, bias, A, D = sample.tensors.values()
-    x, pixels = x[:1, :5, :4, :3].float() if sample.dtype == torch.float64 else x[:1, :5, :4, :3], None
-    orders = sample.options["orders"]
-    k, h, w = min(2, A.shape[0]), x.shape[1], x.shape[2]
+    orders, pixels = sample.options["orders"], None
+    k = min(2, A.shape[0])
+    x = cut(x, 1, 5, 4, *((k, 3) if x.dim() == 5 else (3,)))
+    x = x.float() if sample.dtype == torch.float64 else x
+    h, w = x.shape[1:3]
     if isinstance(orders, Tensor):
         pixels, orders = orders[:k, : h * w + 3] % (h * w), []
     r = weight.shape[2]

@@ -5,38 +5,10 @@ _base_ = "./efficientvim-m1_8xb256_in1k.py"
 model = dict(backbone=dict(arch="m4"), head=dict(in_channels=[224, 320, 512]))
 
 # Those of the recipe at 256x256; the shorter side of a test image is longer by the same 256 / 224.
-bgr_mean = [103.53, 116.28, 123.675]
-bgr_std = [57.375, 57.12, 58.395]
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="RandomResizedCrop", scale=256, backend="pillow", interpolation="bicubic"),
-    dict(type="RandomFlip", prob=0.5, direction="horizontal"),
-    dict(
-        type="RandAugment",
-        policies="timm_increasing",
-        num_policies=2,
-        total_level=10,
-        magnitude_level=9,
-        magnitude_std=0.5,
-        hparams=dict(pad_val=[104, 116, 124], interpolation="bicubic"),
-    ),
-    dict(
-        type="RandomErasing",
-        erase_prob=0.25,
-        mode="rand",
-        min_area_ratio=0.02,
-        max_area_ratio=1 / 3,
-        fill_color=bgr_mean,
-        fill_std=bgr_std,
-    ),
-    dict(type="PackInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="ResizeEdge", scale=292, edge="short", backend="pillow", interpolation="bicubic"),
-    dict(type="CenterCrop", crop_size=256),
-    dict(type="PackInputs"),
-]
+train_pipeline = _base_.train_pipeline
+train_pipeline[1]["scale"] = 256
+test_pipeline = _base_.test_pipeline
+test_pipeline[1]["scale"], test_pipeline[2]["crop_size"] = 292, 256
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

@@ -2,8 +2,7 @@
 
 Upstream's recipe (detectron2): large-scale jitter at 1024, every image padded to a square of 1024, decay of the
 learning rate by layers. Differences: norms and what scans have are spared from weight decay, each of the three stages
-has a mask head of its own, as in all of mmdet's cascades, and images are padded before they are normalised, with the
-mean.
+has a mask head of its own, as in all of mmdet's cascades.
 """
 
 _base_ = [
@@ -29,6 +28,8 @@ box_head = dict(
 # Upstream publishes a page for its ImageNet weights, no address of a file: name it in backbone.init_cfg
 # (vim_t_midclstok_76p1acc.pth on https://huggingface.co/hustvl/Vim-tiny-midclstok).
 model = dict(
+    # To a square, after the normalisation; boxes stay within the image, which is never longer.
+    data_preprocessor=dict(pad_size_divisor=1024),
     backbone=dict(
         _delete_=True,
         type="mmvmamba.Vim",
@@ -58,8 +59,6 @@ model = dict(
     ),
 )
 
-# The mean, which is zero after the normalisation; channels are in the order of the file reader.
-pad = dict(type="Pad", size=image_size, pad_val=dict(img=(104, 116, 124), masks=0, seg=255))
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -73,13 +72,11 @@ train_pipeline = [
     ),
     dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2)),
     dict(type="RandomFlip", prob=0.5),
-    pad,
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=image_size, keep_ratio=True),
-    pad,
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
