@@ -25,6 +25,14 @@ class ConfigError(MMVMambaError, ValueError):
     """A configuration value is unknown, misspelt or contradicts another one."""
 
 
+class MissingPackage(MMVMambaError, ImportError):
+    """Something was asked for that needs a package which is not installed; the message has the pip command."""
+
+
+class OutputError(MMVMambaError, OSError):
+    """A result cannot be written where it should go."""
+
+
 class DataError(MMVMambaError, ValueError):
     """A data set is missing or malformed."""
 

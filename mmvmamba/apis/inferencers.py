@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import default_collate, pseudo_collate
-from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 from torch import nn
 
 from mmvmamba.analysis.predictions import (
@@ -31,13 +27,16 @@ from mmvmamba.analysis.predictions import (
     segmentation_record,
 )
 from mmvmamba.apis.class_names import bare_name
-from mmvmamba.apis.runner import CONFIG_ENDINGS, load_config
-from mmvmamba.checkpoints.matching import check, load
-from mmvmamba.checkpoints.mmengine_loader import load_from_mmvmamba
+from mmvmamba.apis.networks import (
+    SCOPES,
+    build_network,
+    checked_device,
+    load_network,
+    place_network,
+    resolve_config,
+)
 from mmvmamba.errors import CheckpointError, ConfigError, nearest_spelling
 
-#: Task -> the library that serves it, which is also the config's ``default_scope``.
-SCOPES = {"det": "mmdet", "seg": "mmseg", "cls": "mmpretrain"}
 _VISUALIZERS = {"det": "DetLocalVisualizer", "seg": "SegLocalVisualizer"}
 #: Height and width.
 Shape = tuple[int, int]
@@ -71,18 +70,18 @@ def inferencer(
             f"task is {task!r}, expected one of {', '.join(map(repr, SCOPES))}.{nearest_spelling(task, SCOPES)} "
             "Name one of them."
         )
-    device = _checked_device(device)
-    cfg, known, name = _config(task, model)
+    device = checked_device(device)
+    cfg, known, name = resolve_config(task, model)
     source = str(weights) if weights is not None else known
     if source is None:
         raise CheckpointError(
             f"weights is None, expected a file or an https URL: {name} brings no official weights. Name the checkpoint."
         )
     with DefaultScope.overwrite_default_scope(SCOPES[task]):
-        network = _built(cfg)
-        line, meta = _loaded(network, source)
+        network = build_network(cfg)
+        line, meta = load_network(network, source)
         names, palette = _class_names(cfg, meta, classes)
-        network = _placed(network, device)
+        network = place_network(network, device)
         network.dataset_meta = {"classes": names, "palette": palette or _palette(len(names))}  # type: ignore[assignment]
         toolbox = _TOOLBOXES[task](_without_annotations(cfg), network, device)
     return Inferencer(task, toolbox, names, line)
@@ -207,65 +206,6 @@ class Inferencer:
         return visualizer.get_image()
 
 
-def _checked_device(device: str | None) -> str:
-    if device is None:
-        return str(get_device())
-    try:
-        return str(torch.device(device))
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"device is {device!r}, expected one of PyTorch's, such as 'cuda:0' or 'cpu'. Correct it."
-        ) from error
-
-
-def _config(task: str, model: str | Path | Config) -> tuple[Config, str | None, str]:
-    """Return the config, the official weights if the model is named by the index, and what to call the model."""
-    weights = None
-    if isinstance(model, Config):
-        cfg, name = deepcopy(model), "a config"
-    elif not isinstance(model, (str, Path)):
-        raise ConfigError(
-            f"model is a {type(model).__name__}, expected a name of the model index, a config file or a Config. "
-            "Pass one of them."
-        )
-    elif isinstance(model, Path) or Path(model).suffix in CONFIG_ENDINGS:
-        cfg, name = load_config(str(model)), f"the config file {str(model)!r}"
-    else:
-        # Of this project's index alone: MMEngine would look through those of other packages, or download them.
-        from mmvmamba.apis.model_index import find_model
-
-        entry = find_model(model, task)
-        cfg, weights, name = load_config(str(entry.config)), entry.weights, f"the model {model!r}"
-    if cfg.get("default_scope") != SCOPES[task]:
-        raise ConfigError(
-            f"{name} has default_scope {cfg.get('default_scope')!r}, expected {SCOPES[task]!r} for task {task!r}. Name "
-            "the task of the config, or another config."
-        )
-    return cfg, weights, name
-
-
-def _built(cfg: Config) -> nn.Module:
-    """Return the model as the runner builds it, with random weights."""
-    if cfg.get("data_preprocessor") is not None:
-        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
-    cfg.model.pop("pretrained", None)
-    model: nn.Module = MODELS.build(cfg.model)
-    return model
-
-
-def _loaded(model: nn.Module, source: str) -> tuple[str, Mapping[str, Any]]:
-    """Load all weights of a checkpoint or none; return what was loaded, in words, and the checkpoint's meta data."""
-    content = load_from_mmvmamba(source, "cpu")
-    match = check(
-        model,
-        content["state_dict"],
-        source=repr(source),
-        advice="Give the config the checkpoint was trained with, or the checkpoint of this config.",
-    )
-    load(model, match)
-    return match.line(), content.get("meta") or {}
-
-
 def _class_names(
     cfg: Config, meta: Mapping[str, Any], given: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[Any] | None]:
@@ -350,18 +290,6 @@ def _palette(count: int) -> list[tuple[int, int, int]]:
         tuple(round(255 * part) for part in colorsys.hsv_to_rgb(index * golden % 1, 0.75, 0.95))  # type: ignore[misc]
         for index in range(count)
     ]
-
-
-def _placed(model: nn.Module, device: str) -> nn.Module:
-    if device == "cpu":
-        model = revert_sync_batchnorm(model)
-    try:
-        return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device is {device!r}, which cannot be used here ({str(error).splitlines()[0]}), expected one that this "
-            "machine has. Use device='cpu', or leave it out."
-        ) from error
 
 
 def _without_annotations(cfg: Config) -> Config:
