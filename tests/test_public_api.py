@@ -19,7 +19,8 @@ LAYERS = {
     "engine": {"ops", "checkpoints", "models", "converters"},
     "datasets": {"ops", "models"},
     "analysis": {"ops", "models"},
-    "apis": {"ops", "checkpoints", "models", "engine", "converters", "datasets", "analysis"},
+    "deployment": {"ops", "models"},
+    "apis": {"ops", "checkpoints", "models", "engine", "converters", "datasets", "analysis", "deployment"},
 }
 #: Part -> third-party packages it may import at module level.
 THIRD_PARTY = {
@@ -30,6 +31,7 @@ THIRD_PARTY = {
     "converters": {"torch"},
     "datasets": {"numpy", "cv2", "PIL"},
     "analysis": {"torch", "numpy", "cv2", "mmengine"},
+    "deployment": {"torch", "numpy"},
     "apis": {"torch", "mmengine"},
 }
 

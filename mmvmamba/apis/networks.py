@@ -217,7 +217,7 @@ def _packaged(name: str) -> Path:
     package, _, inside = name.partition("::")
     if package not in SCOPES.values():
         raise ConfigError(
-            f"model is {name!r}, expected {', '.join(map(repr, SCOPES.values()))} before '::'. Correct it."
+            f"model is {name!r}, expected one of {', '.join(map(repr, SCOPES.values()))} before '::'. Correct it."
         )
     root = Path(str(importlib.import_module(package).__file__)).parent / ".mim" / "configs"
     return root / inside
