@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu check-gpu-code lint format bench bench-gpu bench-gate sanitize clean
+.PHONY: help install demo app docs test test-slow test-gpu check-gpu-code lint format bench bench-gpu bench-gate sanitize clean
 
 help:
 	@echo "make install   create .venv with the pinned stack and the compiled extension (the other targets do this first);"
@@ -18,6 +18,8 @@ help:
 	@echo "make check-gpu-code   compile the CUDA and Triton kernels without a GPU and judge their machine code; needs nvcc"
 	@echo "make lint      ruff, mypy, shellcheck and clang-format, changing nothing"
 	@echo "make format    let ruff and clang-format rewrite the files"
+	@echo "make app       the demo as a page in the browser, on http://127.0.0.1:7860"
+	@echo "make docs      the documentation as web pages, in build/docs/index.html; warnings are errors"
 	@echo "make bench     time the operators at 224x224 against the reference and upstream's path (the rest: benchmarks/README.md)"
 	@echo "make bench-gpu the same on a CUDA GPU, bfloat16 (all of it in one go: scripts/gpu_session.py)"
 	@echo "make bench-gate   fail if an operator lost speed against a GEMM and the reference (about half a minute)"
@@ -33,6 +35,9 @@ install:
 demo: install
 	$(PY) tools/demo.py $(if $(filter 1,$(QUICK)),--quick)
 
+app: install
+	$(PY) demo/app.py
+
 test: install
 	$(PY) -m pytest -q -m "not gpu and not soak" --durations=15 -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder tests
 
@@ -41,6 +46,11 @@ test-slow: install
 
 test-gpu: install
 	$(PY) -m pytest -q -m gpu --durations=15 tests
+
+docs: install
+	$(PY) scripts/make_docs.py --check
+	$(PY) -m sphinx -q -W --keep-going -n -b html docs build/docs
+	@echo "build/docs/index.html"
 
 check-gpu-code: install
 	$(PY) scripts/check_cuda.py --require-nvcc
