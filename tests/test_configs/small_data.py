@@ -81,8 +81,8 @@ def small_config(path: Path, data: Path, work_dir: Path, **options: Any) -> Conf
 
     Changed are image scales and crops, batch sizes, workers, numbers of proposals and detections, and where data and
     weights come from. A detector keeps all scores besides: untrained, it finds nothing above the usual threshold, and
-    nothing would be evaluated. Columnar networks deeper than the usual keep four layers of their width: with 300
-    million parameters, a step and its optimizer want gigabytes and minutes.
+    nothing would be evaluated. Networks but HRVMamba keep at most two blocks of each stage, columnar ones that are
+    deeper than usual four layers: the rest is more of the same, and wants gigabytes and minutes.
     """
     cfg = load_config(str(path), work_dir=str(work_dir), cfg_options={"model.backbone.init_cfg": None, **options})
     own_data = path.parent.name == "digits"
@@ -114,12 +114,15 @@ def small_config(path: Path, data: Path, work_dir: Path, **options: Any) -> Conf
 def _keep_few_layers(backbone: Any) -> None:
     trunk = backbone.get("backbone", backbone)
     cls = MODELS.get(trunk.type)
-    if not issubclass(cls, ColumnarBackbone):
-        return
     arch = import_module(cls.__module__).ARCHS[trunk.arch]
+    fields = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
+    if not issubclass(cls, ColumnarBackbone):
+        if "modules" not in fields:  # HRVMamba's, which divide its depths
+            trunk.arch = fields | {"depths": tuple(min(depth, FEW // 2) for depth in arch.depths)}
+        return
     if arch.depth <= DEEP:
         return
-    trunk.arch = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)} | {"depth": FEW}
+    trunk.arch = fields | {"depth": FEW}
     if trunk.get("out_indices") is not None:
         trunk.out_indices = tuple(range(FEW))[-len(trunk.out_indices) :]
     if "interaction_indexes" in backbone:
