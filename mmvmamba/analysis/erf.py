@@ -1,11 +1,13 @@
 """Effective receptive fields: which pixels of the image matter for the middle of a feature map, measured by gradients.
 
-Luo et al., "Understanding the effective receptive field" (arXiv 1701.04128), as used for RepLKNet (arXiv 2203.06717)
-and VMamba (arXiv 2401.10166). For every image, y is the sum over channels of the middle cell of a map; the field is the
-sum over colours of |dy / dx|, averaged over images. Differences from RepLKNet's recipe: magnitudes of gradients are
-taken, not their positive part, nothing is left out of y, and the squares of the table lie around the middle of the
-field and not of the image, because a cell looks at the pixels around its first one where convolutions of stride 2 have
-a kernel of 3, and around its middle where patches do not overlap.
+Luo et al., "Understanding the effective receptive field" (arXiv 1701.04128), by the recipe of RepLKNet (arXiv
+2203.06717) that VMamba (arXiv 2401.10166) follows. For every image, y is the sum over channels of the positive part of the middle
+cell of a map; the field is the sum over colours of |dy / dx|, averaged over images. The positive part matters: behind a
+layer norm whose weights are still equal the channels of a cell sum to zero whatever the image is, and so does the
+gradient of that sum. Differences from RepLKNet's recipe: magnitudes of gradients are taken, not their positive part,
+and the squares of the table lie around the middle of the field and not of the image, because a cell looks at the pixels
+around its first one where convolutions of stride 2 have a kernel of 3, and around its middle where patches do not
+overlap.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def effective_receptive_field(backbone: nn.Module, images: Iterable[Tensor], sta
         with torch.enable_grad():
             chosen = feature_map(backbone, pixels, stage)
             map_size = (chosen.shape[2], chosen.shape[3])
-            middle = chosen[:, :, map_size[0] // 2, map_size[1] // 2].sum()
+            middle = chosen[:, :, map_size[0] // 2, map_size[1] // 2].relu().sum()
             (gradient,) = torch.autograd.grad(middle, pixels)
         field = gradient.abs().double().sum((0, 1)).cpu()
         if total is not None and total.shape != field.shape:

@@ -23,6 +23,7 @@ from mmvmamba.analysis.erf import (
     held_by_squares,
 )
 from mmvmamba.errors import ConfigError, DataError
+from mmvmamba.models.backbones import FAMILIES
 from tests.nano_models import ROOT, nano_checkpoint, script
 
 SIDE = 33
@@ -41,12 +42,13 @@ def convolutions(depth: int, taps: list[float], channels: int = 3) -> nn.Sequent
 
 
 def images(count: int = 2, side: int = SIDE) -> Tensor:
-    return torch.randn(count, 3, side, side, dtype=torch.float64)
+    """Positive, so that what is positive and linear stays so behind a positive part."""
+    return torch.rand(count, 3, side, side, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_convolutions_have_binomial_fields(depth: int) -> None:
-    """n times [1, 2, 1] is the row 2n of Pascal's triangle; outside of 2n + 1 pixels there is nothing at all."""
+    """Repeated n times, [1, 2, 1] is the row 2n of Pascal's triangle; outside of 2n + 1 pixels there is nothing at all."""
     field = effective_receptive_field(convolutions(depth, [1.0, 2.0, 1.0]), [images()])
     row = torch.zeros(SIDE, dtype=torch.float64)
     for k in range(2 * depth + 1):
@@ -56,13 +58,15 @@ def test_convolutions_have_binomial_fields(depth: int) -> None:
 
 
 def test_magnitudes_are_summed_not_gradients() -> None:
-    net = convolutions(1, [-1.0, 2.0, 1.0])
+    """What one colour adds another one takes away; a channel that is negative has no part."""
+    net = convolutions(1, [1.0, 2.0, 1.0])
     (conv,) = net
-    conv.weight.data[1] *= -1  # would cancel against the others in a sum of signed gradients
+    conv.weight.data[1] *= -1
+    conv.bias = nn.Parameter(torch.tensor([0.0, 100.0, -100.0], dtype=torch.float64))
     field = effective_receptive_field(net, [images()])
     row = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
     got = field.values[MIDDLE - 1 : MIDDLE + 2, MIDDLE - 1 : MIDDLE + 2]
-    torch.testing.assert_close(got, 3 * torch.outer(row, row))
+    torch.testing.assert_close(got, 2 * torch.outer(row, row))
 
 
 def test_strides_give_the_size_that_the_formula_says() -> None:
@@ -78,9 +82,19 @@ def test_strides_give_the_size_that_the_formula_says() -> None:
     assert all_of_it.side == 15 and all_of_it.area_ratio == 15**2 / 64**2
 
 
+def test_a_norm_at_the_end_does_not_hide_the_field() -> None:
+    """Channels behind a layer norm sum to zero; the gradient of that sum would be rounding errors."""
+    torch.manual_seed(0)
+    model = FAMILIES["vmamba"]("nano", out_indices=(1,)).double().eval()
+    field = effective_receptive_field(model, [images(1, 64)])
+    assert field.values.max() > 1e-4
+    assert abs(field.centre[0] - 32) < 8 and abs(field.centre[1] - 32) < 8
+
+
 def test_what_a_window_ignores_has_no_part() -> None:
     """Patches of 4 pixels without overlap: the field is the patch."""
     patches = nn.Conv2d(3, 2, 4, stride=4).double()
+    nn.init.constant_(patches.bias, 100.0)
     field = effective_receptive_field(patches, [images(1, 24)])
     assert field.values.nonzero().tolist() == [[i, j] for i in range(12, 16) for j in range(12, 16)]
     wanted = patches.weight.sum(0).abs().sum(0)
