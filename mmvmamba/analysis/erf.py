@@ -1,13 +1,13 @@
 """Effective receptive fields: which pixels of the image matter for the middle of a feature map, measured by gradients.
 
 Luo et al., "Understanding the effective receptive field" (arXiv 1701.04128), by the recipe of RepLKNet (arXiv
-2203.06717) that VMamba (arXiv 2401.10166) follows. For every image, y is the sum over channels of the positive part of the middle
-cell of a map; the field is the sum over colours of |dy / dx|, averaged over images. The positive part matters: behind a
-layer norm whose weights are still equal the channels of a cell sum to zero whatever the image is, and so does the
-gradient of that sum. Differences from RepLKNet's recipe: magnitudes of gradients are taken, not their positive part,
-and the squares of the table lie around the middle of the field and not of the image, because a cell looks at the pixels
-around its first one where convolutions of stride 2 have a kernel of 3, and around its middle where patches do not
-overlap.
+2203.06717) that VMamba (arXiv 2401.10166) follows. For every image, y is the sum over channels of the positive part of
+the middle cell of a map; the field is the sum over colours of |dy / dx|, averaged over images. The positive part
+matters: behind a layer norm whose weights are still equal the channels of a cell sum to zero whatever the image is, and
+the gradient of that sum is nothing but rounding errors. Differences from RepLKNet's recipe: magnitudes of gradients are
+taken, not their positive part, and the squares of the table lie around the middle of the field and not of the image,
+because a cell looks at the pixels around its first one where convolutions of stride 2 have a kernel of 3, and around
+its middle where patches do not overlap.
 """
 
 from __future__ import annotations

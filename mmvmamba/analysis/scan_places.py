@@ -127,7 +127,7 @@ def placed_routes(call: ScanCall) -> list[tuple[Route, Places]]:
     if isinstance(call.module, ES2D):
         routes = [replace(route, name=f"grid {call.number % 4 + 1}, {route.name}") for route in routes]
     elif isinstance(call.module, MultiScaleSS2D) and places.total != places.rows * places.columns:
-        routes = [replace(route, name="half map, all its routes") for route in routes]
+        routes = [replace(route, name="half map") for route in routes]
     elif isinstance(call.module, MultiScaleSS2D):
         routes = [replace(route, name=f"whole map, {route.name}") for route in routes]
     return [(route, places) for route in routes]
