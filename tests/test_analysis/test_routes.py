@@ -13,9 +13,9 @@ from mmvmamba.analysis.route_figures import draw_animation, draw_strip
 from mmvmamba.analysis.routes import LayerWalks, Walk, walks_at_size, walks_of_layer
 from mmvmamba.errors import ConfigError
 from mmvmamba.models.backbones import FAMILIES
+from scripts.family_drawings import DRAWINGS
 from tests.nano_models import script
 
-DRAWINGS = script("scripts/family_drawings.py").DRAWINGS
 SIDE = 4
 #: Family -> side of the image with which its first map has 4 x 4 cells.
 IMAGE = {"vim": 64, "shufflemamba": 64, "plainmamba": 64, "mobilemamba": 64, "efficientvim": 64}
