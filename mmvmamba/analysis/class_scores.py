@@ -25,7 +25,7 @@ _MOST_BOXES = 20
 
 
 class ClassScores(nn.Module, ABC):
-    """Maps one normalised picture (1, c, h, w) to scores (1, classes)."""
+    """Maps normalised pictures (b, c, h, w) to scores (b, classes)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -39,12 +39,15 @@ class ClassScores(nn.Module, ABC):
         with torch.no_grad():
             return self._fix(image)
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the scores (b, classes) of pictures (b, c, h, w), each asked about the same places."""
+        return torch.cat([self._scores(image) for image in images.split(1)])
+
     @abstractmethod
     def _fix(self, image: Tensor) -> int: ...
 
     @abstractmethod
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the scores (1, classes) of a picture (1, c, h, w)."""
+    def _scores(self, image: Tensor) -> Tensor: ...
 
 
 def class_scores(model: nn.Module, task: str) -> ClassScores:
@@ -75,8 +78,7 @@ class _Classifier(ClassScores):
     def _fix(self, image: Tensor) -> int:
         return int(self(image).argmax())
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the scores (1, classes) of a picture (1, c, h, w)."""
+    def _scores(self, image: Tensor) -> Tensor:
         return _checked(self.model(image, mode="tensor"), 2, self.model)
 
 
@@ -87,8 +89,7 @@ class _Segmentor(ClassScores):
         self.won = self._logits(image).argmax(1)  # (1, h', w')
         return int(self.won.flatten().mode().values)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the scores (1, classes) of a picture (1, c, h, w)."""
+    def _scores(self, image: Tensor) -> Tensor:
         logits = self._logits(image)
         classes = torch.arange(logits.shape[1], device=logits.device)
         cells = (self.won.unsqueeze(1) == classes[:, None, None]).to(logits.dtype)  # (1, classes, h', w')
@@ -115,8 +116,7 @@ class _TwoStage(ClassScores):
         self.labels = found.labels
         return int(found.labels[0])
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the scores (1, classes) of a picture (1, c, h, w)."""
+    def _scores(self, image: Tensor) -> Tensor:
         head: Any = self.model.roi_head
         maps = self.model.extract_feat(image)  # type: ignore[operator]  # a method of mmdet's detectors
         stages = () if not isinstance(head.bbox_head, nn.ModuleList) else (len(head.bbox_head) - 1,)
@@ -133,8 +133,7 @@ class _OneStage(ClassScores):
     def _fix(self, image: Tensor) -> int:
         return int(self(image).argmax())
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the scores (1, classes) of a picture (1, c, h, w)."""
+    def _scores(self, image: Tensor) -> Tensor:
         head: Any = self.model.bbox_head
         levels = head(self.model.extract_feat(image))[0]  # type: ignore[operator]
         each = [level.unflatten(1, (-1, head.cls_out_channels)).amax((1, 3, 4)) for level in levels]

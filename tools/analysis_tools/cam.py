@@ -32,9 +32,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--method",
         nargs="+",
-        default=["GradCAM", "EigenCAM"],
+        default=["GradCAM", "LayerCAM", "EigenCAM"],
         metavar="NAME",
-        help=f"one or more of {', '.join(METHODS)} (default: GradCAM EigenCAM)",
+        help=f"one or more of {', '.join(METHODS)} (default: GradCAM LayerCAM EigenCAM)",
     )
     parser.add_argument(
         "--class", dest="label", type=int, metavar="NUMBER", help="from 0 (default: what the network is surest of)"
