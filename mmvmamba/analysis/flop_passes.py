@@ -2,7 +2,8 @@
 
 Convention, that of PyTorch's counter: an addition or a multiplication counts 1, so a multiply-add of a convolution or a
 matrix product 2; norms, activations, sums and products per entry count nothing. Operators of this package count what
-`mmvmamba.ops.flops` says; that file also mends PyTorch's count of grouped convolutions' backward. Published tables count multiply-adds, see `mmvmamba.analysis.flops`.
+`mmvmamba.ops.flops` says; that file also mends PyTorch's count of the backward of grouped convolutions. Published
+tables count multiply-adds, see `mmvmamba.analysis.flops`.
 
 The backward is that of the sum of all outputs, to every parameter that wants a gradient; the image wants none. The
 model is in evaluation form, and a detector has as many boxes as in `mmvmamba.analysis.flops`, where a training would

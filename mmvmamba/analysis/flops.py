@@ -7,9 +7,9 @@ product counts 1 (`torch.utils.flop_counter` would say 2), a norm 5 per entry, a
 upsampling 4, a pooling 1; activations, sums and products per entry count nothing. A selective scan counts
 9 b l d n + b d l, with d channels over all routes, as the authors of Mamba advise
 (https://github.com/state-spaces/mamba/issues/110); its step sizes are a product like any other. `mmvmamba.ops.flops`
-counts the same scans for PyTorch's counter, by another convention, which `mmvmamba.analysis.flop_passes` applies to whole
-models, with their backward. A deformable aggregation counts 36 per channel and
-pixel, which is four corners of nine points and what HRVMamba's published numbers come to.
+counts the same scans for PyTorch's counter, by another convention, which `mmvmamba.analysis.flop_passes` applies to
+whole models, with their backward. A deformable aggregation counts 36 per channel and pixel, which is four corners of
+nine points and what HRVMamba's published numbers come to.
 
 A two-stage detector is counted with a fixed number of proposals: random weights would find another number each time.
 Its mask heads see 100 of them, as in mmdet's own count of Mask R-CNN. Not counted are RoIAlign, NMS and the auxiliary
@@ -144,7 +144,9 @@ def count_backbone(model: nn.Module, height: int, width: int) -> ModelCost:
 def copy_without_values(model: nn.Module) -> nn.Module:
     """Return a copy of a module in evaluation form that has shapes only; nothing large is copied."""
     stand_ins = {id(tensor): _without_values(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, stand_ins).train(False)
+    copied = copy.deepcopy(model, stand_ins)
+    copied.train(False)  # of mmpretrain's backbones, it returns None
+    return copied
 
 
 def _without_values(tensor: Tensor) -> Tensor:

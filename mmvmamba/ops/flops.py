@@ -229,7 +229,7 @@ NOT_OURS = {
     torch.ops.aten._embedding_bag_backward: embedding_bag_backward_flops,
     torch.ops.aten._embedding_bag_dense_backward: embedding_bag_dense_backward_flops,
 }
-"""Operators of PyTorch's own that its counter counts wrongly or not at all, for ``FlopCounterMode(custom_mapping=...)``.
+"""PyTorch's own operators that its counter counts wrongly or not at all, for ``FlopCounterMode(custom_mapping=...)``.
 
 They are not registered for everyone: other models in the same process may use them, and PyTorch may mend its count. The
 bags are what HRVMamba's deformable aggregation is made of: 36 corners per pixel and channel, so 72 operations.

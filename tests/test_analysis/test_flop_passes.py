@@ -72,7 +72,8 @@ def test_every_backbone_has_a_backward_of_about_two_forwards(family):
         assert sum(one.by_row.values()) == sum(one.by_operator.values()) == one.flops
     assert 1.7 < passes.backward.flops / passes.forward.flops < 2.2
     stages = [name for name in passes.forward.by_row if name.startswith("layers.")]
-    assert stages == [f"layers.{index}" for index in range(len(model.layers))]
+    # MobileMamba's first stage is empty.
+    assert stages == [f"layers.{index}" for index, layer in enumerate(model.layers) if list(layer.parameters())]
     assert set(passes.forward.by_row) == set(passes.backward.by_row)
     # A multiply-add counts 2 here and 1 there; norms count there, scans 9 n + 1 there and 6 n and more here.
     assert 1.4 < passes.forward.flops / count_backbone(model, 64, 96).flops < 2

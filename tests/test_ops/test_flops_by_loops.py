@@ -151,7 +151,8 @@ def test_selective_scan(options):
     expected = torch.autograd.grad(out, leaves, weight)
 
     u, delta, A, B, C, D, bias = (None if value is None else numbers(value.detach()) for value in given)
-    grads = {f"d{name}": zeros(*leaf.shape) for name, leaf in zip("u step A B C D bias".split(), leaves, strict=False)}
+    names = ["du", "dstep", "dA", "dB", "dC", "dD", "dbias"]
+    grads = {name: zeros(*leaf.shape) for name, leaf in zip(names, leaves, strict=False)}
     y, dy = zeros(b, d, length), numbers(weight)
     forward, backward = Tally(), Tally()
     for e, c in itertools.product(range(b), range(d)):
@@ -178,7 +179,7 @@ def test_selective_scan(options):
 
 
 def test_scan2d():
-    """Two routes over a map of 2 x 3, one of them backwards: step sizes, scan, sum on the pixels, and their gradients."""
+    """Two routes over 2 x 3 pixels, one backwards: step sizes, scan, sum on the pixels, and their gradients."""
     torch.manual_seed(0)
     h, w, d, k, r, n = 2, 3, 2, 2, 2, 2
     length = h * w
@@ -243,7 +244,7 @@ def ssd_inputs() -> tuple[int, int, int, int, list[Tensor]]:
 
 
 def test_ssd():
-    """What is one number per position and head (its decay, and the gradients of the step and the rate) is not counted."""
+    """One number per position and head (its decay, the gradients of step and rate) is not counted."""
     length, k, p, n, given = ssd_inputs()
     for leaf in given:
         leaf.requires_grad_()
@@ -344,7 +345,7 @@ def test_ssd_without_causality():
     torch.testing.assert_close(values(y), out.detach()[0])
     for found, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(values(found), wanted.reshape(found.shape))
-    of_x, of_weight, of_b, of_c, of_skip = arguments
+    of_x, of_weight, of_b, of_c, _ = arguments
     assert add.count == flops.ssd_state_flops(of_x, of_weight, of_b)
     assert add_back.count == flops.ssd_state_backward_flops((), of_x, of_weight, of_b)
     assert read.count == flops.ssd_read_flops((1, k, n, p), of_c)
@@ -472,7 +473,8 @@ def test_the_references_do_as_much_entry_by_entry():
         scan2d_reference(*grid, torch.arange(h * w).expand(k, -1), True)
     assert mode.count == flops.scan2d_flops(*shapes(*grid), [0] * k, None)
 
-    x, step, decay, C, skip = doubles(b, length, 4, 3), doubles(b, length, 4), -torch.rand(4), doubles(b, length, 2, n), doubles(4)  # fmt: skip
+    x, step, decay = doubles(b, length, 4, 3), doubles(b, length, 4), -torch.rand(4)
+    C, skip = doubles(b, length, 2, n), doubles(4)
     with PerEntry() as mode:
         ssd_recurrence(x, step, decay, C, C, skip, None, None, True, True)
     # The product of step and rate is one number per position and head.

@@ -1,8 +1,9 @@
 """Count parameters and operations of a model: ``python tools/analysis_tools/get_flops.py MODEL [--backward]``.
 
-Nothing is computed and no weights are read. Two conventions stand side by side: that of published tables (a multiply-add
-of a product counts 1, a norm 5 per entry; it stands at the head of mmvmamba/analysis/flops.py) and PyTorch's (a
-multiply-add counts 2, a norm nothing; mmvmamba/analysis/flop_passes.py), in which the backward can be counted, too.
+Nothing is computed and no weights are read. Two conventions stand side by side: that of published tables (a
+multiply-add of a product counts 1, a norm 5 per entry; it stands at the head of mmvmamba/analysis/flops.py) and
+PyTorch's (a multiply-add counts 2, a norm nothing; mmvmamba/analysis/flop_passes.py), in which the backward can be
+counted, too.
 """
 
 from __future__ import annotations
