@@ -90,7 +90,7 @@ def scale(
         images = torch.randn(batch, 3, side, side, device=settings.device)
         for subject, measured in zip(subjects, measure(subjects, images, settings, train=train), strict=True):
             flops, problem = _flops(subject, side)
-            problem = "; ".join(filter(None, dict.fromkeys((measured.problem, problem))))
+            problem = measured.problem or problem
             points.append(
                 Point(subject.name, side, flops, measured.images_per_second, measured.step_bytes, measured, problem)
             )
@@ -149,6 +149,8 @@ def figure_of(points: Sequence[Point], title: str) -> Any:
     from mmvmamba.analysis.outputs import new_figure
 
     figure, axes = new_figure(3, 1, width=4.6, height=4.0)
+    from matplotlib.ticker import LogLocator
+
     by_model = {row["model"]: row for row in slopes(points)}
     sides = sorted({point.side for point in points})
     names = dict(zip(_QUANTITIES, ("flops", "time", "memory"), strict=True))
@@ -163,6 +165,8 @@ def figure_of(points: Sequence[Point], title: str) -> Any:
         axis.set_yscale("log")
         axis.set_xticks(sides, [str(side) for side in sides], fontsize=8, rotation=45)
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("side of the image, pixels")
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)

@@ -28,7 +28,7 @@ MODELS = (
     "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py",
     "mmpretrain::convnext/convnext-tiny_32xb128_in1k.py",
 )
-QUICK_SIDES = (128, 192, 256, 384)
+QUICK_SIDES = (224, 320, 448)
 
 
 def parse_args() -> argparse.Namespace:
