@@ -9,8 +9,6 @@ a fresh process, weights excluded, gradients included.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +19,9 @@ from torch import Tensor, nn
 
 from benchmarks import memory
 from benchmarks.harness import GEMM, DisagreementError, Notes, Timing, gemm, interleave, save
-from benchmarks.models import PEERS, VARIANTS, MeanSquare, Peer, check_shapes, check_vmamba, parse_size
+from benchmarks.models import PEERS, VARIANTS, Peer, check_shapes, check_vmamba, parse_size
+from mmvmamba.analysis.scaling import slope
+from mmvmamba.analysis.throughput import MeanSquare
 
 Row = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -83,11 +83,6 @@ def scan_share(run: Callable[[], object], repeats: int = 3) -> float:
     events = profile.key_averages()
     scan = sum(event.self_cpu_time_total for event in events if event.key == "mmvmamba::scan2d")
     return float(scan / sum(event.self_cpu_time_total for event in events))
-
-
-def slope(sides: Sequence[int], seconds: Sequence[float]) -> float:
-    """Least-squares slope of log time over log pixels."""
-    return statistics.linear_regression([2 * math.log(side) for side in sides], [math.log(s) for s in seconds]).slope
 
 
 class Suite:

@@ -8,7 +8,6 @@ process that started it, and it cannot forget a peak of the building that was ab
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -20,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from mmvmamba.analysis.memory import reset_mark, return_freed_memory, status_bytes
+
 MARK = "peak-memory:"
 
 
@@ -38,47 +38,23 @@ class Peak:
         return self.peak - self.before
 
 
-def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no field {field}, expected one. Run on Linux.")
+def run_here(module: str, function: str, arguments: dict[str, object]) -> Peak:
+    """Build a case in this process, run its step once, read the peak."""
+    step = getattr(importlib.import_module(module), function)(**arguments)
+    gc.collect()
+    return_freed_memory()
+    if reset_mark():
+        before = status_bytes("VmRSS")
+        step()
+        return Peak(before, status_bytes("VmHWM"), "VmHWM")
+    before = _ru_maxrss()
+    step()
+    return Peak(before, _ru_maxrss(), "ru_maxrss")
 
 
 def _ru_maxrss() -> int:
     kilobytes_or_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes_or_bytes if sys.platform == "darwin" else kilobytes_or_bytes * 1024
-
-
-def _reset_mark() -> bool:
-    """Set the high-water mark to the present size; False where the system has no such thing."""
-    try:
-        _CLEAR.write_text("5")
-        _status_bytes("VmHWM")
-    except (OSError, RuntimeError):
-        return False
-    return True
-
-
-def _return_freed_memory() -> None:
-    """Give what the building freed back to the system: reused by the step, it would hide a part of its need."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
-
-
-def run_here(module: str, function: str, arguments: dict[str, object]) -> Peak:
-    """Build a case in this process, run its step once, read the peak."""
-    step = getattr(importlib.import_module(module), function)(**arguments)
-    gc.collect()
-    _return_freed_memory()
-    if _reset_mark():
-        before = _status_bytes("VmRSS")
-        step()
-        return Peak(before, _status_bytes("VmHWM"), "VmHWM")
-    before = _ru_maxrss()
-    step()
-    return Peak(before, _ru_maxrss(), "ru_maxrss")
 
 
 def allocate(mebibytes: int, built: int = 0) -> Callable[[], object]:

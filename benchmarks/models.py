@@ -189,23 +189,3 @@ def _features_and_gradient(
         outs = model(image)
     (gradient,) = torch.autograd.grad(outs, [image], [w.to(o.dtype) for w, o in zip(weights, outs, strict=True)])
     return {f"map {i}": out.detach() for i, out in enumerate(outs)} | {"gradient of the image": gradient}
-
-
-class MeanSquare:
-    """The loss of a training step: mean-square distance to random maps, drawn at the first call.
-
-    The mean square of the maps alone would not do: they come out of a layer norm, so it is constant, and its gradients
-    are rounding errors.
-    """
-
-    def __init__(self) -> None:
-        self.targets: list[Tensor] = []
-
-    def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Return the loss of feature maps."""
-        if not self.targets:
-            self.targets = [torch.randn(out.shape) for out in outputs]
-        total = outputs[0].new_zeros((), dtype=torch.float32)
-        for out, target in zip(outputs, self.targets, strict=True):
-            total = total + (out - target.to(out.dtype)).float().square().mean()
-        return total

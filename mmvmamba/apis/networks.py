@@ -139,14 +139,24 @@ def _initialise(model: nn.Module) -> None:
         logger.setLevel(level)
 
 
-def add_network_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> None:
-    """Add the arguments that ``networks_from`` reads to a command line."""
+def add_network_arguments(
+    parser: argparse.ArgumentParser, *, several: bool = True, default: Sequence[str] = ()
+) -> None:
+    """Add the arguments that ``networks_from`` reads to a command line.
+
+    Args:
+        parser: Gets them.
+        several: Whether more than one model can be named.
+        default: The models if none is named; without them one must be.
+    """
     parser.add_argument(
         "models",
-        nargs="+" if several else 1,
+        nargs=("*" if default else "+") if several else 1,
+        default=list(default) or None,
         metavar="MODEL",
         help="a name of the model index (configs/README.md), a config file, or a config of another package such as "
-        "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py",
+        "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
+        + (f" (default: {' '.join(default)})" if default else ""),
     )
     parser.add_argument(
         "--weights",

@@ -1,4 +1,4 @@
-"""Operation counts of the scans and of the causal convolution for `torch.utils.flop_counter.FlopCounterMode`.
+"""Operation counts of all operators of this package for `torch.utils.flop_counter.FlopCounterMode`.
 
 Importing this module registers the counts. It is not imported with `mmvmamba.ops`, because PyTorch's counter imports
 Triton and complains where there is none. Convention: an addition or a multiplication counts 1, a multiply-add so 2, as
@@ -163,6 +163,79 @@ def causal_conv1d_backward_flops(
     return (need_x + need_weight) * causal_conv1d_flops(x, weight)
 
 
+def depthwise_conv2d_flops(x: Shape, weight: Shape, *_rest: Any, **_options: Any) -> int:
+    """Count one product per tap, those on the padding too, as PyTorch counts: x (b, h, w, d), weight (d, 1, kh, kw)."""
+    return 2 * math.prod(x[:3]) * math.prod(weight)
+
+
+def depthwise_conv2d_backward_flops(
+    grad_out: Shape, x: Shape, weight: Shape, bias: Shape | None, activation: int, need_x: bool, need_weight: bool,
+    *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count one product per tap for each gradient."""
+    return (need_x + need_weight) * depthwise_conv2d_flops(x, weight)
+
+
+def embedding_bag_flops(
+    table: Shape, rows: Shape, offsets: Shape, scale_grad_by_freq: bool = False, mode: int = 0, sparse: bool = False,
+    weights: Shape | None = None, *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count one addition per row and channel, with weights one product: table (m, c), rows of any shape."""
+    return (1 if weights is None else 2) * math.prod(rows) * table[1]
+
+
+def embedding_bag_weights_backward_flops(
+    grad_out: Shape, table: Shape, rows: Shape, *_rest: Any, **_options: Any
+) -> int:
+    """Count one product per row and channel, which is the gradient of the weights."""
+    return 2 * math.prod(rows) * table[1]
+
+
+def embedding_bag_backward_flops(
+    grad_out: Shape, rows: Shape, offsets: Shape, bags: Shape, sizes: Shape, maxima: Shape, num_weights: int,
+    scale_grad_by_freq: bool, mode: int, sparse: bool, weights: Shape | None, *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count one addition per row and channel, with weights one product, which is the gradient of the table."""
+    return (1 if weights is None else 2) * math.prod(rows) * grad_out[-1]
+
+
+def embedding_bag_dense_backward_flops(
+    grad_out: Shape, rows: Shape, bags: Shape, sizes: Shape, maxima: Shape, num_weights: int,
+    scale_grad_by_freq: bool, mode: int, weights: Shape | None, *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count the same for the operator that the one above is made of on some devices."""
+    return (1 if weights is None else 2) * math.prod(rows) * grad_out[-1]
+
+
+def convolution_backward_flops(
+    grad_out: Shape, x: Shape, weight: Shape, bias_sizes: list[int] | None, stride: list[int], padding: list[int],
+    dilation: list[int], transposed: bool, output_padding: list[int], groups: int, output_mask: list[bool],
+    *_rest: Any, **_options: Any,
+) -> int:  # fmt: skip
+    """Count as many operations as the forward has for each gradient: of the input, of the weight.
+
+    Without groups this is PyTorch's number. With g groups, PyTorch 2.11 counts the gradient of the weight g times
+    (https://github.com/pytorch/pytorch/pull/183405), so for a depthwise convolution of 96 channels 96 times too much.
+    """
+    positions = x if transposed else grad_out
+    return (output_mask[0] + output_mask[1]) * 2 * math.prod(positions) * math.prod(weight[1:])
+
+
+NOT_OURS = {
+    torch.ops.aten.convolution_backward: convolution_backward_flops,
+    torch.ops.aten._embedding_bag: embedding_bag_flops,
+    torch.ops.aten._embedding_bag_forward_only: embedding_bag_flops,
+    torch.ops.aten._embedding_bag_per_sample_weights_backward: embedding_bag_weights_backward_flops,
+    torch.ops.aten._embedding_bag_backward: embedding_bag_backward_flops,
+    torch.ops.aten._embedding_bag_dense_backward: embedding_bag_dense_backward_flops,
+}
+"""PyTorch's own operators that its counter counts wrongly or not at all, for ``FlopCounterMode(custom_mapping=...)``.
+
+They are not registered for everyone: other models in the same process may use them, and PyTorch may mend its count. The
+bags are what HRVMamba's deformable aggregation is made of: 36 corners per pixel and channel, so 72 operations.
+"""
+
+
 def _register() -> None:
     formulas: dict[str, Any] = {
         "selective_scan": selective_scan_flops,
@@ -183,6 +256,8 @@ def _register() -> None:
         register_flop_formula(operators)(formula)
     register_flop_formula(torch.ops.mmvmamba.causal_conv1d)(causal_conv1d_flops)
     register_flop_formula(torch.ops.mmvmamba.causal_conv1d_backward)(causal_conv1d_backward_flops)
+    register_flop_formula(torch.ops.mmvmamba.depthwise_conv2d)(depthwise_conv2d_flops)
+    register_flop_formula(torch.ops.mmvmamba.depthwise_conv2d_backward)(depthwise_conv2d_backward_flops)
 
 
 _register()
