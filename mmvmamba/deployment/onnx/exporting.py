@@ -1,9 +1,8 @@
-"""A network to an ONNX file, in three steps.
+"""A network to an ONNX file, in two steps.
 
 1. ``torch.export`` records the network for any size of the dimensions that are to be free. Our operators stay one node
    each.
-2. Those that are a few products or convolutions become PyTorch's own operators (``decompositions.py``).
-3. ``torch.onnx.export`` translates, with loops for the scans (``operators.py``).
+2. ``torch.onnx.export`` translates PyTorch's operators, and ours by the functions of ``operators.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mmvmamba.deployment.onnx.decompositions import decompositions
 from mmvmamba.deployment.onnx.operators import translations
 from mmvmamba.deployment.onnx.support import unsupported_parts
 from mmvmamba.deployment.onnx.writer import EXTRA, OPSET
@@ -90,7 +88,6 @@ def export_onnx(
     with torch.no_grad(), _quiet():
         program = _record(module, example, dynamic)
         sizes = _free_sizes(program, dynamic)
-        program = program.run_decompositions(decompositions())
         outputs = tuple(f"output_{i}" for i in range(len(program.graph_signature.user_outputs)))
         written = torch.onnx.export(
             program,

@@ -1,4 +1,4 @@
-"""Our scan operators in ONNX: routes over the map, step sizes, the recurrence, the sum on the pixels."""
+"""Our operators in ONNX: the table of all, and of the scans the routes, the step sizes and the sum on the pixels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 
+from mmvmamba.deployment.onnx.products import (
+    write_causal_conv1d,
+    write_depthwise_conv2d,
+    write_ssd_non_causal,
+    write_ssd_read,
+    write_ssd_state,
+)
 from mmvmamba.deployment.onnx.scans import write_scan
 from mmvmamba.deployment.onnx.writer import Value, Writer
+from mmvmamba.ops.library import TWINS
 from mmvmamba.ops.scan2d import ScanOrder
 
 Translation = Callable[..., Any]
@@ -23,33 +31,61 @@ def translations() -> dict[Any, Translation]:
         MissingPackage: If onnxscript is not installed.
     """
     writer = Writer()
+    table: dict[Any, Translation] = {}
+    for functions, suffixes in ((_scans(writer), TWINS), (_products(writer), TWINS), (_convolutions(writer), ("",))):
+        for function in functions:
+            for suffix in suffixes:
+                table[getattr(torch.ops.mmvmamba, function.__name__ + suffix).default] = function
+    return table
 
+
+# The parameters of these functions are those of the operators' schemas. The exporter tells tensors from other values
+# by the annotations: what has none is a tensor.
+
+
+def _scans(writer: Writer) -> list[Translation]:
     def selective_scan(
         u, delta, A, B, C, D, delta_bias, delta_softplus: bool, out_dtype: int, save_carries: bool
-    ):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        del out_dtype, save_carries
+    ):  # type: ignore[no-untyped-def]
         return write_selective_scan(writer, u, delta, A, B, C, D, delta_bias, delta_softplus)
 
     def scan2d(
         x, projections, dt_weight, dt_bias, A, D, orders: Sequence[int], permutation, delta_softplus: bool,
         out_dtype: int, save_carries: bool,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: ANN001, ANN202
-        del out_dtype, save_carries
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         routes = Routes(writer, x, list(orders or ()), permutation, dt_weight.shape[0])
         return write_scan2d(writer, x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus), writer.zeros(0)
 
     def ssd(
         x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus: bool, blocked: bool, out_dtype: int,
         save_carries: bool,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: ANN001, ANN202
-        del out_dtype, save_carries
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         return write_ssd(writer, x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus, blocked)
 
-    table: dict[Any, Translation] = {}
-    for function in (selective_scan, scan2d, ssd):
-        for suffix in ("", "_triton"):
-            table[getattr(torch.ops.mmvmamba, function.__name__ + suffix).default] = function
-    return table
+    return [selective_scan, scan2d, ssd]
+
+
+def _products(writer: Writer) -> list[Translation]:
+    def ssd_state(x, weight, b_in, blocked: bool):  # type: ignore[no-untyped-def]
+        return write_ssd_state(writer, x, weight, b_in, blocked)
+
+    def ssd_read(state, c_out, blocked: bool, out_dtype: int):  # type: ignore[no-untyped-def]
+        return write_ssd_read(writer, state, c_out, blocked)
+
+    def ssd_non_causal(x, weight, b_in, c_out, skip, blocked: bool, out_dtype: int):  # type: ignore[no-untyped-def]
+        return write_ssd_non_causal(writer, x, weight, b_in, c_out, skip, blocked)
+
+    return [ssd_state, ssd_read, ssd_non_causal]
+
+
+def _convolutions(writer: Writer) -> list[Translation]:
+    def causal_conv1d(x, weight, bias, reverse: Sequence[int], activation: int):  # type: ignore[no-untyped-def]
+        return write_causal_conv1d(writer, x, weight, bias, reverse, activation)
+
+    def depthwise_conv2d(x, weight, bias, activation: int):  # type: ignore[no-untyped-def]
+        return write_depthwise_conv2d(writer, x, weight, bias, activation)
+
+    return [causal_conv1d, depthwise_conv2d]
 
 
 class Routes:

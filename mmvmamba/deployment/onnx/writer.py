@@ -78,6 +78,10 @@ class Writer:
         ends = self.integers(-1), self.integers(-(2**63) + 1)
         return self.op.Slice(value, *ends, self.integers(axis), self.integers(-1))
 
+    def static_shape(self, *sizes: int | None) -> Any:
+        """Return a shape to be noted at a value; None for a size that is not known."""
+        return self._ir.Shape(sizes)
+
     def zeros(self, *shape: int | Value) -> Value:
         """Return float32 zeros; sizes as in `reshape`, without -1 and 0."""
         return self.op.ConstantOfShape(self._shape(shape))
