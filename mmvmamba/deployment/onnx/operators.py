@@ -39,50 +39,55 @@ def translations() -> dict[Any, Translation]:
     return table
 
 
-# The parameters of these functions are those of the operators' schemas. The exporter tells tensors from other values
-# by the annotations: what has none is a tensor.
+# The parameters of these functions are those of the operators' schemas, in order. The exporter takes what is annotated
+# as a Python type for an attribute and the rest for tensors.
 
 
 def _scans(writer: Writer) -> list[Translation]:
     def selective_scan(
-        u, delta, A, B, C, D, delta_bias, delta_softplus: bool, out_dtype: int, save_carries: bool
-    ):  # type: ignore[no-untyped-def]
-        return write_selective_scan(writer, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        u: Value, delta: Value, A: Value, B: Value, C: Value, D: Value, delta_bias: Value, delta_softplus: bool,
+        _out_dtype: int, _save_carries: bool,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        y, last = write_selective_scan(writer, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        return y, last, writer.zeros(0)
 
     def scan2d(
-        x, projections, dt_weight, dt_bias, A, D, orders: Sequence[int], permutation, delta_softplus: bool,
-        out_dtype: int, save_carries: bool,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        x: Value, projections: Value, dt_weight: Value, dt_bias: Value, A: Value, D: Value, orders: Sequence[int],
+        permutation: Value, delta_softplus: bool, _out_dtype: int, _save_carries: bool,
+    ) -> tuple[Value, ...]:  # fmt: skip
         routes = Routes(writer, x, list(orders or ()), permutation, dt_weight.shape[0])
         return write_scan2d(writer, x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus), writer.zeros(0)
 
     def ssd(
-        x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus: bool, blocked: bool, out_dtype: int,
-        save_carries: bool,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
-        return write_ssd(writer, x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus, blocked)
+        x: Value, dt: Value, decay: Value, b_in: Value, c_out: Value, skip: Value, dt_bias: Value,
+        initial_state: Value, dt_softplus: bool, blocked: bool, _out_dtype: int, _save_carries: bool,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        y, last = write_ssd(writer, x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus, blocked)
+        return y, last, writer.zeros(0)
 
     return [selective_scan, scan2d, ssd]
 
 
 def _products(writer: Writer) -> list[Translation]:
-    def ssd_state(x, weight, b_in, blocked: bool):  # type: ignore[no-untyped-def]
+    def ssd_state(x: Value, weight: Value, b_in: Value, blocked: bool) -> Value:
         return write_ssd_state(writer, x, weight, b_in, blocked)
 
-    def ssd_read(state, c_out, blocked: bool, out_dtype: int):  # type: ignore[no-untyped-def]
+    def ssd_read(state: Value, c_out: Value, blocked: bool, _out_dtype: int) -> Value:
         return write_ssd_read(writer, state, c_out, blocked)
 
-    def ssd_non_causal(x, weight, b_in, c_out, skip, blocked: bool, out_dtype: int):  # type: ignore[no-untyped-def]
+    def ssd_non_causal(
+        x: Value, weight: Value, b_in: Value, c_out: Value, skip: Value, blocked: bool, _out_dtype: int
+    ) -> tuple[Value, Value]:
         return write_ssd_non_causal(writer, x, weight, b_in, c_out, skip, blocked)
 
     return [ssd_state, ssd_read, ssd_non_causal]
 
 
 def _convolutions(writer: Writer) -> list[Translation]:
-    def causal_conv1d(x, weight, bias, reverse: Sequence[int], activation: int):  # type: ignore[no-untyped-def]
+    def causal_conv1d(x: Value, weight: Value, bias: Value, reverse: Sequence[int], activation: int) -> Value:
         return write_causal_conv1d(writer, x, weight, bias, reverse, activation)
 
-    def depthwise_conv2d(x, weight, bias, activation: int):  # type: ignore[no-untyped-def]
+    def depthwise_conv2d(x: Value, weight: Value, bias: Value, activation: int) -> Value:
         return write_depthwise_conv2d(writer, x, weight, bias, activation)
 
     return [causal_conv1d, depthwise_conv2d]
@@ -125,12 +130,11 @@ class Routes:
         """Sum what the routes leave (b, k, l, c) on the pixels of the map: (b, h, w, c)."""
         if self.permutation is not None:
             return self._scattered(visits)
-        rows, columns = [], []
+        rows: list[Value] = []
+        columns: list[Value] = []
         for i, order in enumerate(self.orders):
             one = self.writer.pick(visits, i, 1)
-            (columns if order in COLUMNS else rows).append(
-                self.writer.flip(one, 1) if order in BACKWARDS else one
-            )
+            (columns if order in COLUMNS else rows).append(self.writer.flip(one, 1) if order in BACKWARDS else one)
         b, h, w = (self._side(i) for i in range(3))
         maps = []
         if rows:
@@ -186,8 +190,8 @@ def write_scan2d(
 def write_selective_scan(
     writer: Writer, u: Value, delta: Value, A: Value, B: Value, C: Value, D: Value | None, delta_bias: Value | None,
     delta_softplus: bool,
-) -> tuple[Value, Value, Value]:  # fmt: skip
-    """Write `mmvmamba.ops.selective_scan`; returns the output (b, d, l), the last state (b, d, n) and no carries."""
+) -> tuple[Value, Value]:  # fmt: skip
+    """Write `mmvmamba.ops.selective_scan`; returns the output (b, d, l) and the last state (b, d, n)."""
     op = writer.op
     groups, states = B.shape[1], A.shape[1]
     channels = A.shape[0]
@@ -200,20 +204,20 @@ def write_selective_scan(
     step = delta if delta_bias is None else op.Add(delta, op.Unsqueeze(delta_bias, writer.integers(1)))
     step = by_group(op.Softplus(step) if delta_softplus else step)
     rate = writer.transpose(writer.reshape(A, groups, channels // groups, states), 0, 2, 1)
-    projections = (writer.transpose(value, 0, 1, 3, 2) for value in (B, C))
-    y, last = write_scan(writer, step, op.Mul(step, by_group(u)), rate, *projections, states)
+    b_in, c_out = (writer.transpose(value, 0, 1, 3, 2) for value in (B, C))
+    y, last = write_scan(writer, step, op.Mul(step, by_group(u)), rate, b_in, c_out, states)
     y = writer.reshape(writer.transpose(y, 0, 1, 3, 2), 0, channels, -1)
     if D is not None:
         y = op.Add(y, op.Mul(u, op.Unsqueeze(D, writer.integers(1))))
     last = writer.reshape(writer.transpose(last, 0, 1, 3, 2), 0, channels, states)
-    return y, last, writer.zeros(0)
+    return y, last
 
 
 def write_ssd(
     writer: Writer, x: Value, dt: Value, decay: Value, b_in: Value, c_out: Value, skip: Value | None,
     dt_bias: Value | None, initial_state: Value | None, dt_softplus: bool, blocked: bool,
-) -> tuple[Value, Value, Value]:  # fmt: skip
-    """Write `mmvmamba.ops.ssd`; returns the output (b, l, k, p), the last state (b, k, n, p) and no carries."""
+) -> tuple[Value, Value]:  # fmt: skip
+    """Write `mmvmamba.ops.ssd`; returns the output (b, l, k, p) and the last state (b, k, n, p)."""
     op = writer.op
     heads, (groups, states) = x.shape[2], b_in.shape[2:]
     of_head = [head // (heads // groups) if blocked else head % groups for head in range(heads)]
@@ -222,10 +226,10 @@ def write_ssd(
     step = op.Unsqueeze(writer.transpose(step, 0, 2, 1), writer.integers(3))  # (b, k, l, 1)
     u = writer.transpose(x, 0, 2, 1, 3)  # (b, k, l, p)
     indices = writer.integers(*of_head)
-    projections = (writer.transpose(op.Gather(value, indices, axis=2), 0, 2, 1, 3) for value in (b_in, c_out))
+    b_in, c_out = (writer.transpose(op.Gather(value, indices, axis=2), 0, 2, 1, 3) for value in (b_in, c_out))
     rate = writer.reshape(decay, heads, 1, 1)
-    y, last = write_scan(writer, step, op.Mul(step, u), rate, *projections, states, initial_state)
+    y, last = write_scan(writer, step, op.Mul(step, u), rate, b_in, c_out, states, initial_state)
     y = writer.transpose(y, 0, 2, 1, 3)
     if skip is not None:
         y = op.Add(y, op.Mul(x, op.Unsqueeze(skip, writer.integers(1))))
-    return y, last, writer.zeros(0)
+    return y, last
