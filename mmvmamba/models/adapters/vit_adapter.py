@@ -15,6 +15,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -158,7 +159,8 @@ class ViTAdapter(BaseModule):
         self.backbone.check_input(image)
         h, w = image.shape[2:]
         below, right = -h % STRIDES[-1], -w % STRIDES[-1]
-        if below or right:
+        # Sides that an export leaves open are not looked at: it pads always, perhaps by nothing.
+        if not (statically_known_true(below == 0) and statically_known_true(right == 0)):
             image = F.pad(image, (0, right, 0, below))
         maps = self._maps(image)
         outs = []

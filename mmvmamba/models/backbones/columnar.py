@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from mmvmamba.errors import ConfigError
@@ -211,7 +212,8 @@ class ColumnarBackbone(BaseBackbone):
         """Return the position embedding (1, l, d) of a sequence, resized if its grid is not that of the parameter."""
         embedding = cast("Tensor", self.pos_embed)
         grid, wanted = self.pos_grid, (layout.rows, layout.columns)
-        if grid == wanted:
+        # What an export leaves open is not looked at.
+        if all(statically_known_true(own == new) for own, new in zip(grid, wanted, strict=True)):
             return embedding
         at = self.token_positions(grid)
         patches = resize_position_embedding(only_patches(embedding, at), grid, wanted)

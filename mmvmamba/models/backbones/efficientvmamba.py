@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmvmamba.errors import ConfigError
 from mmvmamba.models.backbones.arch import check_stages, resolve_arch
@@ -38,6 +37,7 @@ from mmvmamba.models.layers import (
     drop_path_schedule,
 )
 from mmvmamba.models.layers.onednn import linear
+from mmvmamba.models.layers.padding import pad_to_multiple, without_padding
 from mmvmamba.models.layers.patch import DOWNSAMPLES, Downsample
 from mmvmamba.ops import ScanOrder, scan2d
 from mmvmamba.registry import MODELS
@@ -133,8 +133,7 @@ class ES2D(SS2D):
     def scan(self, x: Tensor) -> Tensor:
         """Scan ``x`` (b, h, w, d) grid by grid; (b, h, w, d) in the accumulation type."""
         _, h, w, _ = x.shape
-        if h % 2 or w % 2:
-            x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
+        x = pad_to_multiple(x, 2)
         # One scan over all grids would need the projections of every pixel for all four, of which it uses one.
         own = zip(*(parameter.split(1) for parameter in self.scan_parameters(x.dtype)), strict=True)
         routes = zip(split_grids(x), self.x_proj_weight.unbind(), _GRID_ORDERS, own, strict=True)
@@ -148,8 +147,7 @@ class ES2D(SS2D):
             )
             for grid, projection, order, parameters in routes
         ]
-        y = merge_grids(scanned)
-        return y[:, :h, :w] if h % 2 or w % 2 else y
+        return without_padding(merge_grids(scanned), h, w)
 
 
 class BiAttention(nn.Module):

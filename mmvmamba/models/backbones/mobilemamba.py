@@ -34,6 +34,7 @@ from mmvmamba.models.layers import (
 )
 from mmvmamba.models.layers.conv_bn import with_parameters
 from mmvmamba.models.layers.depthwise import convolve_depthwise_by
+from mmvmamba.models.layers.padding import without_padding
 from mmvmamba.models.layers.wavelet import SQUARE, analyse, by_band, by_pixel, haar_filters, pad_to_even, synthesise
 from mmvmamba.ops import ScanOrder
 from mmvmamba.registry import MODELS
@@ -179,12 +180,13 @@ class WaveletScan(nn.Module):
         _, h, w, c = x.shape
         if self.folded:
             bands = convolve_depthwise(self.conv, analyse(pad_to_even(x), self.wt_filter).flatten(3))
-            return self.scan(x) + synthesise(bands.unflatten(3, (SQUARE, c)), self.iwt_filter)[:, :h, :w]
+            details = synthesise(bands.unflatten(3, (SQUARE, c)), self.iwt_filter)
+            return self.scan(x) + without_padding(details, h, w)
         bands = analyse(pad_to_even(x), by_pixel(self.wt_filter)).flatten(3)
         # The scale of a band is that of its kernel, which has fewer numbers than the map.
         bands = convolve_depthwise_by(by_band(self.conv.weight * self.scale.view(-1, 1, 1, 1)), bands)
-        details = synthesise(bands.unflatten(3, (SQUARE, c)), by_pixel(self.iwt_filter))[:, :h, :w]
-        return self.scan(x) * self.base_scale.flatten() + details
+        details = synthesise(bands.unflatten(3, (SQUARE, c)), by_pixel(self.iwt_filter))
+        return self.scan(x) * self.base_scale.flatten() + without_padding(details, h, w)
 
     @torch.no_grad()
     def fold_batch_norms(self) -> None:

@@ -32,6 +32,7 @@ from mmvmamba.models.layers import (
 )
 from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import is_traced, linear
+from mmvmamba.models.layers.padding import pad_to_multiple
 from mmvmamba.models.layers.patch import image_to_channels_last
 from mmvmamba.models.layers.snake import NUM_WALKS, STEPS, SnakeWalks, snake_walks
 from mmvmamba.models.layers.ssm_init import init_ssm_
@@ -157,10 +158,7 @@ class Stem(nn.Module):
         x: Tensor = self.stem(image_to_channels_last(image))
         if self.convs is not None:
             x = self.convs(x)
-        below, right = -x.shape[1] % self.cell, -x.shape[2] % self.cell
-        if below or right:
-            x = F.pad(x, (0, 0, 0, right, 0, below))
-        out: Tensor = self.projection(x)
+        out: Tensor = self.projection(pad_to_multiple(x, self.cell))
         return out
 
 

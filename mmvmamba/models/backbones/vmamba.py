@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from mmvmamba.models.backbones.arch import check_stages, resolve_arch
@@ -337,7 +338,8 @@ def _is_resizable(stored: Tensor, own: Tensor) -> bool:
 
 def _resize(embedding: Tensor, rows: int, columns: int) -> Tensor:
     """Return a position embedding (1, d, h, w) resized to (1, d, rows, columns)."""
-    if embedding.shape[2] == rows and embedding.shape[3] == columns:
+    # A grid that an export leaves open is not looked at: resizing to the same one changes nothing.
+    if statically_known_true(embedding.shape[2] == rows) and statically_known_true(embedding.shape[3] == columns):
         return embedding
     resized = F.interpolate(embedding.float(), size=(rows, columns), mode="bicubic", align_corners=False)
     return resized.to(embedding.dtype)

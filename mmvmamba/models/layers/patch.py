@@ -10,13 +10,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmvmamba.errors import ConfigError
 from mmvmamba.models.layers.checks import check_choice
 from mmvmamba.models.layers.conv import ChannelsLastConv2d
 from mmvmamba.models.layers.linear import Linear
 from mmvmamba.models.layers.norm import Norm, build_norm
+from mmvmamba.models.layers.padding import pad_to_multiple
 
 PatchEmbed = Literal["patchify", "overlapping"]
 Downsample = Literal["patch_merging", "conv2x2", "conv3x3", "none"]
@@ -101,8 +101,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (b, h, w, c) to (b, ceil(h / 2), ceil(w / 2), c')."""
         b, h, w, c = x.shape
-        if h % 2 or w % 2:
-            x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
+        x = pad_to_multiple(x, 2)
         rows, columns = (h + 1) // 2, (w + 1) // 2
         x = x.reshape(b, rows, 2, columns, 2, c).permute(0, 1, 3, 4, 2, 5)
         return self.reduction(self.norm(x.reshape(b, rows, columns, 4 * c)))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from mmvmamba.models.layers.rope import Rotation
@@ -64,7 +65,8 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], wanted: 
         grid: Its rows and columns.
         wanted: Those of the result (1, l', d).
     """
-    if grid == wanted:
+    # A grid that an export leaves open is not looked at: resizing to the same one changes nothing.
+    if all(statically_known_true(own == new) for own, new in zip(grid, wanted, strict=True)):
         return embedding
     maps = embedding.unflatten(1, grid).permute(0, 3, 1, 2)
     # Half-precision bicubic is neither exact nor there on every device.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from mmvmamba.models.layers.padding import pad_to_multiple
 
 #: Pixels of a square, and bands: low-low, rows, columns, both.
 SQUARE = 4
@@ -33,8 +34,7 @@ def by_pixel(filters: Tensor) -> Tensor:
 
 def pad_to_even(x: Tensor) -> Tensor:
     """Zero-pad ``x`` (b, h, w, c) by a row at the bottom and a column at the right where the sides are odd."""
-    rows, columns = x.shape[1] % 2, x.shape[2] % 2
-    return F.pad(x, (0, 0, 0, columns, 0, rows)) if rows or columns else x
+    return pad_to_multiple(x, 2)
 
 
 def analyse(x: Tensor, filters: Tensor) -> Tensor:
