@@ -1,0 +1,196 @@
+"""A network to an ONNX file, in three steps.
+
+1. ``torch.export`` records the network for any size of the dimensions that are to be free. Our operators stay one node
+   each.
+2. Those that are a few products or convolutions become PyTorch's own operators (``decompositions.py``).
+3. ``torch.onnx.export`` translates, with loops for the scans (``operators.py``).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mmvmamba.deployment.onnx.decompositions import decompositions
+from mmvmamba.deployment.onnx.operators import translations
+from mmvmamba.deployment.onnx.support import unsupported_parts
+from mmvmamba.deployment.onnx.writer import EXTRA, OPSET
+from mmvmamba.errors import ConfigError, OutputError, nearest_spelling
+from mmvmamba.optional import optional_package
+
+Dimension = Literal["batch", "height", "width"]
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+"""What can be left free, in the order of the dimensions of an image batch (b, 3, h, w) with the channels left out."""
+_AXIS = {"batch": 0, "height": 2, "width": 3}
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        opset: Version of ONNX's operators in it.
+        outputs: Name and rank of every output, in order.
+        sizes: For every free dimension the smallest and largest size that the file is good for (None: no bound).
+        nodes: How many operators the graph has, bodies of loops included.
+        megabytes: Size of the file, weights and all.
+        seconds: How long it took.
+    """
+
+    path: Path
+    opset: int
+    outputs: tuple[tuple[str, int], ...]
+    sizes: dict[str, tuple[int, int | None]]
+    nodes: int
+    megabytes: float
+    seconds: float
+
+
+def export_onnx(
+    module: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    *,
+    dynamic: Sequence[Dimension] = DIMENSIONS,
+    opset: int = OPSET,
+) -> OnnxReport:
+    """Write a network as an ONNX file.
+
+    The input is called ``image``; the outputs are ``output_0``, ``output_1``, ... in the order in which the network
+    returns them, whatever tuples, lists or dicts they stand in.
+
+    Args:
+        module: Takes one image batch, returns tensors; in evaluation mode, in float32, on the CPU.
+        example: An image batch (b, 3, h, w) to record with. Its values and the sizes of free dimensions do not matter,
+            but where a network behaves in another way for small maps, it is the way of this size that is written.
+        path: The file to write, ending in ``.onnx``; one that is there is replaced.
+        dynamic: What may have another size later.
+        opset: Version of ONNX's operators, 20 or newer.
+
+    Raises:
+        MissingPackage: If onnx or onnxscript is not installed.
+        ConfigError: If an argument is none of these, or the network has parts that ONNX cannot express.
+        OutputError: If the file cannot be written.
+    """
+    file = _checked(module, example, path, dynamic, opset)
+    for package in ("onnx", "onnxscript"):
+        optional_package(package, EXTRA)
+    started = time.perf_counter()
+    with torch.no_grad(), _quiet():
+        program = _record(module, example, dynamic)
+        sizes = _free_sizes(program, dynamic)
+        program = program.run_decompositions(decompositions())
+        outputs = tuple(f"output_{i}" for i in range(len(program.graph_signature.user_outputs)))
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            custom_translation_table=translations(),
+            opset_version=opset,
+            input_names=["image"],
+            output_names=list(outputs),
+            verbose=False,
+        )
+        if written is None:
+            raise ConfigError("torch.onnx.export returned no program, expected one. Use the pinned PyTorch.")
+        _write(written, file)
+    ranks = [len(value.shape or ()) for value in written.model.graph.outputs]
+    return OnnxReport(
+        path=file,
+        opset=opset,
+        outputs=tuple(zip(outputs, ranks, strict=True)),
+        sizes=sizes,
+        nodes=sum(1 for _ in written.model.graph.all_nodes()),
+        megabytes=file.stat().st_size / 1e6,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _checked(
+    module: nn.Module, example: Tensor, path: str | Path, dynamic: Sequence[str], opset: int
+) -> Path:
+    """Check all arguments and that the file can be written; return the file."""
+    if isinstance(dynamic, str) or [name for name in dynamic if name not in DIMENSIONS]:
+        spelling = nearest_spelling(dynamic if isinstance(dynamic, str) else dynamic[0], DIMENSIONS)
+        raise ConfigError(f"dynamic is {dynamic!r}, expected some of {DIMENSIONS}. Correct it.{spelling}")
+    if not isinstance(opset, int) or opset < OPSET:
+        raise ConfigError(f"opset is {opset!r}, expected {OPSET} or newer. Leave it out.")
+    if not isinstance(example, Tensor) or example.ndim != 4 or example.dtype != torch.float32 or not example.numel():
+        found = f"{tuple(example.shape)}, {example.dtype}" if isinstance(example, Tensor) else type(example).__name__
+        raise ConfigError(f"example is {found}, expected a float32 image batch (b, 3, h, w). Use torch.randn.")
+    reasons = unsupported_parts(module)
+    if reasons:
+        raise ConfigError(
+            f"{type(module).__name__} cannot be written as ONNX: {'; '.join(reasons)}. Expected a network of which "
+            "unsupported_parts reports nothing. Export another part of it, or use another format."
+        )
+    file = Path(path)
+    if file.suffix != ".onnx":
+        raise ConfigError(f"path is {str(path)!r}, expected a file name that ends in .onnx. Correct it.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{str(file)!r} cannot be written ({error.strerror or error}), expected a folder with room and the right "
+            "to write. Choose another one."
+        ) from error
+    return file
+
+
+def _record(module: nn.Module, example: Tensor, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
+    free = {_AXIS[name]: torch.export.Dim.DYNAMIC for name in dynamic}
+    if "batch" in dynamic and len(example) == 1:
+        # What is 1 while recording is taken to be 1 for ever.
+        example = example.expand(2, -1, -1, -1).contiguous()
+    return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
+
+
+def _free_sizes(program: torch.export.ExportedProgram, dynamic: Sequence[str]) -> dict[str, tuple[int, int | None]]:
+    """Return the range that recording found for every free dimension, and refuse conditions that are no range."""
+    (name,) = program.graph_signature.user_inputs
+    shape = next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
+    sizes: dict[str, tuple[int, int | None]] = {}
+    for dimension in DIMENSIONS:
+        if dimension not in dynamic:
+            continue
+        symbol = shape[_AXIS[dimension]].node.expr
+        bounds = program.range_constraints[symbol]
+        # 2 is what recording says of every size that is not 1; the file does not know the difference.
+        low = 1 if int(bounds.lower) <= 2 else int(bounds.lower)
+        sizes[dimension] = low, int(bounds.upper) if bounds.upper.is_Integer else None
+    return sizes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep away what PyTorch says about its own use of its own functions."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+def _write(written: Any, file: Path) -> None:
+    try:
+        written.save(str(file), external_data=False)
+    except OSError as error:
+        raise OutputError(
+            f"{str(file)!r} cannot be written ({error.strerror or error}), expected room for it. Choose another place."
+        ) from error
+
+
+def flat_tensors(outputs: object) -> list[Tensor]:
+    """Return the tensors that a network gave, in the order of the outputs of its file."""
+    return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
