@@ -7,17 +7,29 @@ processor it was compiled on, but neither a compiler nor the model's Python code
 
 from __future__ import annotations
 
+import json
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import mmvmamba.ops  # noqa: F401  (a package calls operators by name)
 from mmvmamba.deployment.programs import Recorded, checked_file, is_compiled_package
 from mmvmamba.errors import ConfigError, OutputError
+
+#: Up to this release packages pass types to operators by one numbering and read them by another
+#: (https://github.com/pytorch/pytorch/pull/173562): float32 arrives as float64.
+_TYPES_MENDED_IN = "2.12"
+_CALLS = ".wrapper.json"
+"""End of the names of the files of a package that list calls of operators by name."""
+#: PyTorch's number of a type in such a list (``torch._export.serde.schema.ScalarType``) -> the one it is read by
+#: (``c10::ScalarType``), for the types that our operators take.
+_READ_AS = {6: 5, 7: 6, 8: 7, 13: 15}
 
 
 def check_compiler() -> None:
@@ -62,7 +74,31 @@ def compile_package(recorded: Recorded, path: str | Path) -> float:
         raise ConfigError(
             f"AOTInductor cannot compile this network: {' '.join(str(error).split())[:400]}. Use another format."
         ) from error
+    if TorchVersion(torch.__version__) < _TYPES_MENDED_IN:
+        _mend_types(file)
     return time.perf_counter() - started
+
+
+def _mend_types(file: Path) -> None:
+    """Write the types in a package's calls of operators as they will be read, see ``_TYPES_MENDED_IN``."""
+    mended = file.with_name(f".{file.name}.tmp")
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(mended, "w", zipfile.ZIP_STORED) as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith(_CALLS):
+                content = json.dumps(_with_types_as_read(json.loads(content))).encode()
+            target.writestr(entry.filename, content)
+    mended.replace(file)
+
+
+def _with_types_as_read(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_types_as_read(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _READ_AS[entry] if key == "as_scalar_type" else _with_types_as_read(entry) for key, entry in value.items()
+    }
 
 
 def load_package(path: str | Path) -> Callable[[Tensor], Any]:
