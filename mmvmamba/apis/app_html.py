@@ -1,0 +1,70 @@
+"""Pieces of the demo page as HTML; every text is escaped here."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+
+from mmvmamba.analysis.images import encode_png
+from mmvmamba.analysis.predictions import Image
+from mmvmamba.apis.app import Table
+from mmvmamba.apis.app_scans import ScanView
+
+CSS = """
+.gradio-container { max-width: 1240px !important; }
+.notice { padding: 8px 12px; border-left: 4px solid var(--color-accent); background: var(--block-background-fill);
+  color: var(--body-text-color); overflow-wrap: anywhere; }
+.notice.error { border-color: #c62828; font-weight: 600; }
+.answer-table { width: 100%; border-collapse: collapse; color: var(--body-text-color); }
+.answer-table caption { text-align: left; font-weight: 600; padding: 4px 0; }
+.answer-table th, .answer-table td { text-align: left; padding: 3px 10px 3px 0;
+  border-bottom: 1px solid var(--border-color-primary); }
+.answer-table td + td { font-variant-numeric: tabular-nums; }
+.scan-maps { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 10px; max-width: 860px; }
+.scan-maps figure { margin: 0; min-width: 0; }
+.scan-maps figure:first-child { grid-row: span 2; }
+.scan-maps img { width: 100%; height: auto; display: block; image-rendering: auto; }
+.scan-maps figcaption, .scan-note { color: var(--body-text-color); font-size: 14px; }
+@media (max-width: 640px) {
+  .scan-maps { grid-template-columns: 1fr 1fr; }
+  .scan-maps figure:first-child { grid-column: span 2; grid-row: auto; }
+}
+"""
+
+
+def status_html(text: str) -> str:
+    """Return a message that screen readers read when they are idle."""
+    return f'<div class="notice" role="status">{escape(text)}</div>'
+
+
+def error_html(text: str) -> str:
+    """Return a message that screen readers read at once."""
+    return f'<div class="notice error" role="alert">{escape(text)}</div>'
+
+
+def table_html(table: Table) -> str:
+    """Return a table with a caption; the first column heads the rows."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in table.rows
+    )
+    return (
+        f'<table class="answer-table"><caption>{escape(table.caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def scan_html(view: ScanView) -> str:
+    """Return the scan maps, the merged one first and largest."""
+    figures = [_figure("all directions", view.merged)]
+    figures += [_figure(name, image) for name, image in view.directions]
+    return f'<div class="scan-maps">{"".join(figures)}</div><p class="scan-note">{escape(view.caption)}</p>'
+
+
+def _figure(name: str, image: Image) -> str:
+    data = base64.b64encode(encode_png(image)).decode("ascii")
+    return (
+        f'<figure><img alt="Scan map, {escape(name, quote=True)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(name)}</figcaption></figure>"
+    )
