@@ -1,7 +1,8 @@
 """A page in the browser that shows what a model sees: ``python demo/app.py``.
 
-Choose a picture, a task, a model and its weights; the page shows the answer, how long it took, its classes, and where the
-scans of the backbone look from a pixel. It offers the models of ``make demo`` first. Needs ``pip install 'mmvmamba[app]'``.
+Choose a picture, a task, a model and its weights; the page shows the answer, how long it took, its classes, and where
+the scans of the backbone look from a pixel. It offers the models of ``make demo`` first. Needs
+``pip install 'mmvmamba[app]'``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--demo-dir", default="work_dirs/demo", help="work folder of `make demo`, for its weights (default: %(default)s)"
+        "--demo-dir",
+        default="work_dirs/demo",
+        help="where `make demo` left its weights (default: %(default)s)",
     )
     parser.add_argument("--device", help="such as cuda:0 or cpu (default: a GPU if there is one)")
     parser.add_argument(

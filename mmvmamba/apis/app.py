@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mmvmamba.analysis.images import enlarged, shrunk
+from mmvmamba.analysis.painting import paint_objects
 from mmvmamba.analysis.predictions import Image, Picture, Prediction
 from mmvmamba.apis.demo import STAGES
 from mmvmamba.apis.inferencers import Inferencer, inferencer
 from mmvmamba.apis.model_index import index_root, list_models
-from mmvmamba.apis.networks import SCOPES, Network, checked_device, resolve_config
+from mmvmamba.apis.networks import Network, checked_device, resolve_config
 from mmvmamba.errors import ConfigError, DataError
 
 #: Task -> what the page calls it, in the order of the page.
@@ -197,7 +196,7 @@ def answer(models: Models, request: Request, image: str | Path | None, score_thr
     drawing = draw(loaded.answers, picture, prediction.sample, score_threshold)
     parts = [f"Answered in {answered * 1000:.0f} ms on {models.device}", _size_in_words(whole, picture)]
     if waited > 0.05:  # else it was in memory
-        parts.append(f"the model was loaded in {loaded.seconds:.1f} s before, its first answer is slower than the next")
+        parts.append(f"loading the model took {loaded.seconds:.1f} s, once. Run again for the time without warming up")
     return Answer(
         request=request,
         picture=picture,
@@ -221,26 +220,27 @@ def draw(answers: Inferencer, picture: Image, sample: Any, score_threshold: floa
         (factor h, factor w, 3) uint8 in the order RGB, with the factor of ``enlargement(picture)``.
     """
     factor = enlargement(picture)
-    if factor == 1:
-        return answers.draw(picture, sample, score_threshold)
-    sample = sample.clone()
     if answers.task == "det":
-        found = sample.pred_instances
-        found.bboxes = found.bboxes * factor
-        if "masks" in found:
-            found.masks = _repeated(found.masks, factor)
-    elif answers.task == "seg":
-        sample.pred_sem_seg = type(sample.pred_sem_seg)(data=_repeated(sample.pred_sem_seg.data, factor))
+        meta: Any = answers.toolbox.model.dataset_meta
+        colours = [tuple(map(int, colour)) for colour in meta["palette"]]
+        return paint_objects(
+            picture,
+            sample.pred_instances,
+            answers.classes,
+            colours,  # type: ignore[arg-type] # of three numbers each
+            score_threshold=score_threshold,
+            factor=factor,
+        )
+    if answers.task == "seg" and factor > 1:
+        sample = sample.clone()
+        labels = sample.pred_sem_seg.data.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+        sample.pred_sem_seg = type(sample.pred_sem_seg)(data=labels)
     return answers.draw(enlarged(picture, factor), sample, score_threshold)
 
 
 def enlargement(picture: Image) -> int:
     """Return how many times larger than its picture (h, w, 3) a drawing is."""
     return max(round(SHOWN_SIDE / max(picture.shape[:2])), 1)
-
-
-def _repeated(maps: Tensor, factor: int) -> Tensor:
-    return maps.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def _size_in_words(whole: Image, picture: Image) -> str:
@@ -292,6 +292,3 @@ def first_pixel(prediction: Prediction) -> tuple[int, int]:
     left, top, right, bottom = instances[0]["bbox"]
     row, column = int((top + bottom) / 2), int((left + right) / 2)
     return min(max(row, 0), height - 1), min(max(column, 0), width - 1)
-
-
-__all__ = ["SCOPES", "TASKS", "Answer", "Models", "Request", "Table", "answer", "class_table", "first_pixel"]

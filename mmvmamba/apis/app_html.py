@@ -11,20 +11,27 @@ from mmvmamba.apis.app import Table
 from mmvmamba.apis.app_scans import ScanView
 
 CSS = """
-.gradio-container { max-width: 1240px !important; }
+.gradio-container { max-width: 1240px !important; padding-top: 8px !important; }
+#samples { display: grid; grid-template-columns: repeat(4, 1fr); gap: 6px; }
+#samples button { flex-direction: column; gap: 2px; padding: 4px; min-width: 0; font-weight: 400; }
+#samples button img { width: 100%; height: 52px; object-fit: cover; margin: 0; border-radius: 3px; }
+#task label { padding: 6px 8px; gap: 4px; }
+#task .wrap { gap: 6px; }
+#message { padding: 0; }
+#model input, #layer input { padding-right: 28px; text-overflow: ellipsis; }
 .notice { padding: 8px 12px; border-left: 4px solid var(--color-accent); background: var(--block-background-fill);
   color: var(--body-text-color); overflow-wrap: anywhere; }
 .notice.error { border-color: #c62828; font-weight: 600; }
 .answer-table { width: 100%; border-collapse: collapse; color: var(--body-text-color); }
 .answer-table caption { text-align: left; font-weight: 600; padding: 4px 0; }
-.answer-table th, .answer-table td { text-align: left; padding: 3px 10px 3px 0;
-  border-bottom: 1px solid var(--border-color-primary); }
+.answer-table th, .answer-table td { text-align: left !important; padding: 3px 10px 3px 0 !important;
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
 .answer-table td + td { font-variant-numeric: tabular-nums; }
-.scan-maps { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 10px; max-width: 860px; }
+.scan-maps { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 8px; }
 .scan-maps figure { margin: 0; min-width: 0; }
 .scan-maps figure:first-child { grid-row: span 2; }
 .scan-maps img { width: 100%; height: auto; display: block; image-rendering: auto; }
-.scan-maps figcaption, .scan-note { color: var(--body-text-color); font-size: 14px; }
+.scan-maps figcaption, .scan-note { color: var(--body-text-color); font-size: 13px; }
 @media (max-width: 640px) {
   .scan-maps { grid-template-columns: 1fr 1fr; }
   .scan-maps figure:first-child { grid-column: span 2; grid-row: auto; }

@@ -5,11 +5,11 @@ The work behind it is in ``app.py`` and ``app_scans.py``; texts that come from o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmvmamba.apis.app import TASKS, Answer, Models, Request, answer, demo_config
+from mmvmamba.apis.app import TASKS, Answer, Models, Request, answer, demo_config, enlargement
 from mmvmamba.apis.app_html import error_html, scan_html, status_html, table_html
 from mmvmamba.apis.app_scans import KIND_NAMES, answer_layers, scan_view
 from mmvmamba.apis.demo import STAGES
@@ -50,7 +50,7 @@ def build_page(models: Models, samples: Sequence[Sample]) -> Blocks:
                 shown = _outputs(gr, models)
         _connect_inputs(models, samples, asked)
         _connect_run(gr, models, asked, shown)
-        _connect_scans(gr, models, asked, shown)
+        _connect_scans(gr, models, shown)
     return page  # type: ignore[no-any-return]
 
 
@@ -58,41 +58,37 @@ def _inputs(gr: Any, models: Models, samples: Sequence[Sample]) -> dict[str, Any
     """Make the left half: what is asked."""
     task = models.first_task()
     model = str(demo_config(task))
-    asked = {
+    asked: dict[str, Any] = {
         "image": gr.Image(
             label="Picture",
             sources=["upload", "clipboard"],
             type="filepath",
             image_mode=None,
-            height=220,
+            height=190,
             buttons=[],
             elem_id="picture",
             alt_text="The picture that was chosen",
-        ),
-        "samples": gr.Gallery(
-            [(str(sample.path), sample.name) for sample in samples],
-            label="Samples",
-            columns=4,
-            height="auto",
-            object_fit="cover",
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-            elem_id="samples",
-        ),
+        )
+    }
+    with gr.Row(elem_id="samples"):
+        asked["samples"] = [
+            gr.Button(sample.name, icon=sample.path, size="sm", min_width=60, elem_classes="sample")
+            for sample in samples
+        ]
+    asked |= {
         "task": gr.Radio([(name, key) for key, name in TASKS.items()], value=task, label="Find", elem_id="task"),
         "model": gr.Dropdown(
             _model_choices(models, task),
             value=model,
             allow_custom_value=True,
             label="Model",
-            info="One of the list, or the path of a config file",
+            info="of the list, or the path of a config file",
             elem_id="model",
         ),
         "weights": gr.Textbox(
             models.first_weights(task, model),
             label="Weights",
-            info="Path of a checkpoint; empty for a model's official weights, which are fetched once",
+            info="path of a checkpoint; empty fetches official ones",
             max_lines=1,
             elem_id="weights",
         ),
@@ -106,33 +102,35 @@ def _outputs(gr: Any, models: Models) -> dict[str, Any]:
     """Make the right half: what is shown."""
     shown = {"message": gr.HTML(status_html(_welcome(models)), elem_id="message"), "answer": gr.State(None)}
     with gr.Row(equal_height=False):
-        shown["drawing"] = gr.Image(
-            label="Answer: click a pixel for its scan map",
-            interactive=False,
-            format="png",
-            height=_HEIGHT,
-            buttons=["download", "fullscreen"],
-            elem_id="drawing",
-            scale=3,
-            min_width=280,
-            alt_text="The picture with the answer drawn in; the table has it in words",
-        )
-        shown["table"] = gr.HTML(elem_id="table", scale=2, min_width=200)
+        with gr.Column(scale=5, min_width=280):
+            shown["drawing"] = gr.Image(
+                label="Answer",
+                show_label=False,
+                interactive=False,
+                format="png",
+                height=_HEIGHT,
+                buttons=["download", "fullscreen"],
+                elem_id="drawing",
+                alt_text="The picture with the answer drawn in; the table has it in words",
+            )
+        with gr.Column(scale=3, min_width=220):
+            shown["table"] = gr.HTML(elem_id="table")
     gr.Markdown("## Where the scans look")
-    with gr.Row(equal_height=True):
-        shown["layer"] = gr.Dropdown([], label="Layer", elem_id="layer", scale=3, min_width=200)
-        shown["kind"] = gr.Radio(
-            [(name, key) for key, name in KIND_NAMES.items()],
-            value=next(iter(KIND_NAMES)),
-            label="Map",
-            elem_id="kind",
-            scale=3,
-            min_width=200,
-        )
-        shown["row"] = gr.Number(0, label="Row", precision=0, minimum=0, elem_id="row", min_width=70)
-        shown["column"] = gr.Number(0, label="Column", precision=0, minimum=0, elem_id="column", min_width=70)
-        shown["look"] = gr.Button("Show map", elem_id="look", min_width=90)
-    shown["scans"] = gr.HTML(elem_id="scans")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=240):
+            shown["layer"] = gr.Dropdown([], label="Layer", elem_id="layer")
+            shown["kind"] = gr.Radio(
+                [(name, key) for key, name in KIND_NAMES.items()],
+                value=next(iter(KIND_NAMES)),
+                label="Map",
+                elem_id="kind",
+            )
+            with gr.Row():
+                shown["row"] = gr.Number(0, label="Row", precision=0, minimum=0, elem_id="row", min_width=70)
+                shown["column"] = gr.Number(0, label="Column", precision=0, minimum=0, elem_id="column", min_width=70)
+            shown["look"] = gr.Button("Show map", elem_id="look")
+        with gr.Column(scale=7, min_width=280):
+            shown["scans"] = gr.HTML(elem_id="scans")
     return shown
 
 
@@ -156,12 +154,6 @@ def _connect_inputs(models: Models, samples: Sequence[Sample], asked: Mapping[st
     """Let a sample become the picture, and the choices of models and weights follow the task."""
     gr = optional_package("gradio", "app")
 
-    def take(event: gr.SelectData) -> str:  # type: ignore[name-defined]
-        return str(samples[event.index].path)
-
-    # gradio looks at the annotation itself to pass the event
-    take.__annotations__["event"] = gr.SelectData
-
     def for_task(task: str) -> tuple[Any, str]:
         model = str(demo_config(task))
         choices = gr.update(choices=_model_choices(models, task), value=model)
@@ -171,7 +163,8 @@ def _connect_inputs(models: Models, samples: Sequence[Sample], asked: Mapping[st
         return models.first_weights(task, model or "")
 
     quiet = dict(api_visibility="private", show_progress="hidden")
-    asked["samples"].select(take, None, asked["image"], **quiet)
+    for button, sample in zip(asked["samples"], samples, strict=True):
+        button.click(functools.partial(str, sample.path), None, asked["image"], **quiet)
     asked["task"].input(for_task, asked["task"], [asked["model"], asked["weights"]], **quiet)
     asked["model"].input(for_model, [asked["task"], asked["model"]], asked["weights"], **quiet)
 
@@ -184,9 +177,7 @@ def _connect_run(gr: Any, models: Models, asked: Mapping[str, Any], shown: Mappi
     ) -> tuple[Any, ...]:
         path = None if image is None else image.get("path")
         found, problem = _guarded(
-            lambda: answer(
-                models, Request(task, (model or "").strip(), (weights or "").strip()), path, float(score)
-            )
+            lambda: answer(models, Request(task, (model or "").strip(), (weights or "").strip()), path, float(score))
         )
         if found is None:
             return None, problem, None, "", gr.update(choices=[], value=None), 0, 0, ""
@@ -194,7 +185,7 @@ def _connect_run(gr: Any, models: Models, asked: Mapping[str, Any], shown: Mappi
         if layers is None:
             choices = gr.update(choices=[], value=None)
         else:
-            named = [(f"{each.name}: {each.columns} x {each.rows} cells", each.name) for each in layers[0]]
+            named = [(f"{each.name} ({each.columns} x {each.rows})", each.name) for each in layers[0]]
             choices = gr.update(choices=named, value=layers[1])
         row, column = found.pixel
         status = status_html(found.timing)
@@ -212,9 +203,8 @@ def _connect_run(gr: Any, models: Models, asked: Mapping[str, Any], shown: Mappi
         trigger(run, asks, shows, **settings).then(_scanner(models), *_scan_ports(shown), **_scan_settings())
 
 
-def _connect_scans(gr: Any, models: Models, asked: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+def _connect_scans(gr: Any, models: Models, shown: Mapping[str, Any]) -> None:
     """Let a click on the answer, the fields and the button show another scan map."""
-    from mmvmamba.apis.app import enlargement
 
     def click(found: Answer | None, event: gr.SelectData) -> tuple[Any, Any]:
         if found is None:
@@ -267,4 +257,4 @@ def _guarded(work: Callable[[], T]) -> tuple[T | None, str]:
         return None, error_html("There was not enough memory for this picture. Use a smaller picture or model.")
 
 
-__all__ = ["TITLE", "Path", "build_page"]
+__all__ = ["TITLE", "build_page"]

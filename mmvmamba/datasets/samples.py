@@ -1,4 +1,4 @@
-"""A few pictures to try a model on: scenes and crops of digits that no training of the demo saw, and two photographs."""
+"""A few pictures to try a model on: scenes and crops of digits that no training of the demo saw, and photographs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmvmamba.datasets.digit_scenes import Array, DigitSource, Scene, crop_digit, draw_scene, load_digit_sources, mask_box
+from mmvmamba.datasets.digit_scenes import (
+    Array,
+    DigitSource,
+    Scene,
+    crop_digit,
+    draw_scene,
+    load_digit_sources,
+    mask_box,
+)
 from mmvmamba.datasets.digits import CROP_SIZE, DigitsSettings
 from mmvmamba.errors import OutputError
 
