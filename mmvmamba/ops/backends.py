@@ -11,6 +11,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class _Default(NamedTuple):
 
 _default = _Default(requested_backend(), "the environment variable MMVMAMBA_BACKEND")
 _warned: set[tuple[str, bool]] = set()
+_only_operators: ContextVar[bool] = ContextVar("only_operators", default=False)
 _portable_kernels_checked = False
 
 
@@ -225,6 +227,8 @@ def choose_backend(
     pinned = name is not None
     if name is None:
         name = _best(device, dtype, _lacking(device, cpu_only, cuda_kernels))
+        if name == "reference" and not cpu_only and not torch.compiler.is_compiling() and _only_operators.get():
+            name = "operator"
     elif check_backend_name(name, origin) != "reference":
         problem = why_not(name, device, dtype)
         if cpu_only and (name == "triton" or device.type != "cpu"):
@@ -236,6 +240,20 @@ def choose_backend(
     if name == "compiled" and device.type == "cpu":
         warn_of_portable_kernels()
     return Choice(name, pinned)
+
+
+@contextlib.contextmanager
+def only_operators() -> Iterator[None]:
+    """Let scans without a backend's name be operators of the dispatcher, whose last kernel is plain PyTorch.
+
+    Without it, calls that come down to plain PyTorch leave the dispatcher out, and what watches it sees none of them.
+    A backend asked for by name, ``"reference"`` too, stays what it is.
+    """
+    token = _only_operators.set(True)
+    try:
+        yield
+    finally:
+        _only_operators.reset(token)
 
 
 def _lacking(device: torch.device, cpu_only: bool, cuda_kernels: bool) -> tuple[str, ...]:
