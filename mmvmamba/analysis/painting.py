@@ -68,7 +68,7 @@ def _paint_mask(canvas: Image, mask: Image, colour: Colour) -> None:
 
 
 def _with_labels(canvas: Image, texts: Sequence[tuple[str, Sequence[int], Colour]]) -> Image:
-    """Return a picture (h, w, 3) with a text above the left upper corner of each box, or in it where there is no room."""
+    """Return a picture (h, w, 3) with a text above the left upper corner of each box, in it where there is no room."""
     from PIL import Image as PILImage
     from PIL import ImageDraw, ImageFont
 

@@ -11,7 +11,8 @@ from mmvmamba.apis.app import Table
 from mmvmamba.apis.app_scans import ScanView
 
 CSS = """
-.gradio-container { max-width: 1240px !important; padding-top: 8px !important; }
+.gradio-container { max-width: 1240px !important; padding-top: 0 !important; }
+.gradio-container h1 { font-size: 24px !important; margin-bottom: 4px !important; }
 #samples { display: grid; grid-template-columns: repeat(4, 1fr); gap: 6px; }
 #samples button { flex-direction: column; gap: 2px; padding: 4px; min-width: 0; font-weight: 400; }
 #samples button img { width: 100%; height: 52px; object-fit: cover; margin: 0; border-radius: 3px; }
@@ -22,7 +23,8 @@ CSS = """
 .notice { padding: 8px 12px; border-left: 4px solid var(--color-accent); background: var(--block-background-fill);
   color: var(--body-text-color); overflow-wrap: anywhere; }
 .notice.error { border-color: #c62828; font-weight: 600; }
-.answer-table { width: 100%; border-collapse: collapse; color: var(--body-text-color); }
+.answer-table { width: 100%; border-collapse: collapse; border: 0 !important; color: var(--body-text-color); }
+.answer-table tr { border: 0 !important; }
 .answer-table caption { text-align: left; font-weight: 600; padding: 4px 0; }
 .answer-table th, .answer-table td { text-align: left !important; padding: 3px 10px 3px 0 !important;
   border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }

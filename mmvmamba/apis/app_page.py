@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mmvmamba.apis.app import TASKS, Answer, Models, Request, answer, demo_config, enlargement
 from mmvmamba.apis.app_html import error_html, scan_html, status_html, table_html
@@ -18,20 +18,17 @@ from mmvmamba.datasets.samples import Sample
 from mmvmamba.errors import MMVMambaError
 from mmvmamba.optional import optional_package
 
-if TYPE_CHECKING:
-    from gradio import Blocks
-
 TITLE = "mmvmamba: see what a model sees"
 _WORDS = f"""# {TITLE}
 Choose a picture and a model, and press **Run**. A click on the answer shows where the scans of the backbone look from
 that pixel. Pictures stay on this machine."""
 _QUEUE = "model"  # one thing at a time: a second one would only make both slower
-_HEIGHT = 300
+_HEIGHT = 300  # of the answer, in pixels
 T = TypeVar("T")
 
 
-def build_page(models: Models, samples: Sequence[Sample]) -> Blocks:
-    """Return the page.
+def build_page(models: Models, samples: Sequence[Sample]) -> Any:
+    """Return the page, as ``gradio.Blocks``.
 
     Args:
         models: What answers.
@@ -44,14 +41,14 @@ def build_page(models: Models, samples: Sequence[Sample]) -> Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(_WORDS)
         with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=3, min_width=300):
                 asked = _inputs(gr, models, samples)
-            with gr.Column(scale=5, min_width=300):
+            with gr.Column(scale=7, min_width=300):
                 shown = _outputs(gr, models)
         _connect_inputs(models, samples, asked)
         _connect_run(gr, models, asked, shown)
         _connect_scans(gr, models, shown)
-    return page  # type: ignore[no-any-return]
+    return page
 
 
 def _inputs(gr: Any, models: Models, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def _inputs(gr: Any, models: Models, samples: Sequence[Sample]) -> dict[str, Any
             sources=["upload", "clipboard"],
             type="filepath",
             image_mode=None,
-            height=190,
+            height=170,
             buttons=[],
             elem_id="picture",
             alt_text="The picture that was chosen",

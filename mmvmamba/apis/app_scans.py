@@ -12,6 +12,7 @@ from mmvmamba.analysis.images import enlarged
 from mmvmamba.analysis.predictions import Image
 from mmvmamba.analysis.scan_maps import ScanLayer, default_layer, overlay, scan_layers, scan_map
 from mmvmamba.apis.app import Answer, Models, enlargement
+from mmvmamba.errors import ConfigError
 
 #: Kind of map (see ``mmvmamba.analysis.scan_maps``) -> what the page calls it, in its order.
 KIND_NAMES = {"weight": "whole weight", "decayed": "(Q⊙w)(K/w)ᵀ", "qk": "QKᵀ"}
@@ -63,6 +64,8 @@ def scan_view(models: Models, answer: Answer, pixel: tuple[int, int], layer: str
         ConfigError: If the layer or the kind is unknown or the pixel outside the picture. Errors of ``Models.get`` as
             well.
     """
+    if kind not in KIND_NAMES:
+        raise ConfigError(f"kind is {kind!r}, expected one of {', '.join(map(repr, KIND_NAMES))}. Name one of them.")
     network = models.get(answer.request).network
     maps = scan_map(network.backbone, _input(models, answer), pixel, layer)
     factor = enlargement(answer.picture)
@@ -71,8 +74,8 @@ def scan_view(models: Models, answer: Answer, pixel: tuple[int, int], layer: str
     values = maps.maps[kind]
     rows, columns = values.shape[1:]
     caption = (
-        f"{KIND_NAMES[kind]} of {layer}, {columns} x {rows} cells, for the pixel at row {pixel[0]}, column {pixel[1]} "
-        f"(cross): {KIND_MEANINGS[kind]}. Bright is much; each map has its own scale, and colours follow the square "
+        f"Shown: {KIND_NAMES[kind]} of {layer}, {columns} x {rows} cells, for the pixel at row {pixel[0]}, "
+        f"column {pixel[1]} (cross): {KIND_MEANINGS[kind]}. Bright is much; each map has its own scale, and colours follow the square "
         "root of the share of its largest value."
     )
     several: Sequence[str] = maps.directions if len(maps.directions) > 1 else ()

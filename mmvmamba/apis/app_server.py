@@ -109,7 +109,7 @@ def serve(
                 css=CSS,
                 app_kwargs=dict(middleware=_middleware(host)),
             )
-            started(page.local_url)
+            started(str(page.local_url))
             page.block_thread()
         finally:
             page.close()
