@@ -16,7 +16,8 @@ Colour = tuple[int, int, int]
 
 _LINE = 2
 _COVER = 0.45  # share of a mask's colour
-_BRIGHT = 140  # mean of a colour from which labels on it are black
+_LUMA = np.array([0.299, 0.587, 0.114])
+_BRIGHT = 140  # brightness of a colour from which labels on it are black
 
 
 def paint_objects(
@@ -84,5 +85,5 @@ def _with_labels(canvas: Image, texts: Sequence[tuple[str, Sequence[int], Colour
         x = min(max(left, 0), max(width - text_width, 0))
         y = top - text_height if top >= text_height else max(top, 0)
         pen.rectangle((x, y, x + text_width, y + text_height), fill=tuple(colour))
-        pen.text((x + 3, y + 1), text, fill="black" if sum(colour) / 3 >= _BRIGHT else "white", font=font)
+        pen.text((x + 3, y + 1), text, fill="black" if _LUMA @ colour >= _BRIGHT else "white", font=font)
     return np.asarray(picture)

@@ -182,7 +182,7 @@ def _connect_run(gr: Any, models: Models, asked: Mapping[str, Any], shown: Mappi
         if layers is None:
             choices = gr.update(choices=[], value=None)
         else:
-            named = [(f"{each.name} ({each.columns} x {each.rows})", each.name) for each in layers[0]]
+            named = [(f"{each.columns} x {each.rows}, {each.name}", each.name) for each in layers[0]]
             choices = gr.update(choices=named, value=layers[1])
         row, column = found.pixel
         status = status_html(found.timing)

@@ -75,8 +75,8 @@ def scan_view(models: Models, answer: Answer, pixel: tuple[int, int], layer: str
     rows, columns = values.shape[1:]
     caption = (
         f"Shown: {KIND_NAMES[kind]} of {layer}, {columns} x {rows} cells, for the pixel at row {pixel[0]}, "
-        f"column {pixel[1]} (cross): {KIND_MEANINGS[kind]}. Bright is much; each map has its own scale, and colours follow the square "
-        "root of the share of its largest value."
+        f"column {pixel[1]} (cross): {KIND_MEANINGS[kind]}. Bright is much; each map has its own "
+        "scale, and colours follow the square root of the share of its largest value."
     )
     several: Sequence[str] = maps.directions if len(maps.directions) > 1 else ()
     return ScanView(
