@@ -1,6 +1,6 @@
 """Chromium, the page in it, and the screenshot of the README.
 
-``python -m tests.test_app.browser DEMO_DIR OUT.png`` writes the screenshot with the weights of a demo.
+``python tests/test_app/browser.py DEMO_DIR OUT.png`` writes the screenshot with the weights of a demo.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def chromium() -> str:
 def served(demo_dir: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     """Serve the page and yield its address and the file of addresses elsewhere that the server wanted to reach."""
     record, log = folder / "reached.txt", folder / "server.log"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.test_app.server", str(record)]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("server.py")), str(record)]
     command += ["--demo-dir", str(demo_dir), "--port", "0", "--device", "cpu"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as sink:
@@ -110,16 +110,18 @@ def screenshot(page: Any, path: Path) -> Path:
 
 def main(demo_dir: str, out: str) -> None:
     """Write the screenshot of the README."""
-    with tempfile.TemporaryDirectory() as folder, served(Path(demo_dir), Path(folder)) as (address, _):
-        with browser() as started:
-            page = opened(started, address, WIDE)
-            choose(page, "digits 3")
-            run(page)
-            page.get_by_role("button", name="Run").click()  # again, without the time of warming up
-            page.wait_for_function("() => !document.querySelector('#message').innerText.includes('loading')")
-            page.locator("#scans img").first.wait_for()
-            page.wait_for_timeout(3000)
-            screenshot(page, Path(out))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Path(demo_dir), Path(folder)) as (address, _),
+        browser() as started,
+    ):
+        page = opened(started, address, WIDE)
+        choose(page, "digits 3")
+        run(page)
+        page.get_by_role("button", name="Run").click()  # again, without the time of warming up
+        page.wait_for_function("() => !document.querySelector('#message').innerText.includes('loading')")
+        page.wait_for_timeout(5000)  # for the scan maps
+        screenshot(page, Path(out))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""``python demo/app.py`` in a process that writes down whom it wanted to reach: the first argument is the file for that."""
+"""``demo/app.py`` in a process that writes down whom it wanted to reach: the first argument is the file for that."""
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import sys
 from pathlib import Path
 from typing import Any
 
-from tests.nano_models import script
+ROOT = Path(__file__).parents[2]
 
 
 def is_here(address: Any) -> bool:
@@ -23,21 +24,29 @@ def is_here(address: Any) -> bool:
         return False
 
 
-def main() -> None:
-    """Serve the page."""
-    record = Path(sys.argv.pop(1))
+def watch(record: Path) -> None:
+    """Write down from now on what this process wants to reach that is not of this machine."""
     record.touch()
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
         address = {"socket.connect": 1, "socket.getaddrinfo": 0}.get(event)
         if address is not None and not is_here(arguments[address]):
             with record.open("a") as file:
                 file.write(f"{event} {arguments[address]!r}\n")
 
-    sys.addaudithook(watch)
+    sys.addaudithook(note)
+
+
+def main() -> None:
+    """Serve the page."""
+    watch(Path(sys.argv.pop(1)))
+    spec = importlib.util.spec_from_file_location("app", ROOT / "demo/app.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     from mmvmamba.apis import run_command
 
-    run_command(script("demo/app.py").main)
+    run_command(module.main)
 
 
 if __name__ == "__main__":
