@@ -19,6 +19,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from torch import nn
 
 from mmvmamba.analysis.predictions import (
+    Image,
     Picture,
     Prediction,
     classification_record,
@@ -155,7 +156,7 @@ class Inferencer:
             for (picture, shape, _), sample in zip(batch, samples, strict=True):
                 answer = self._answer(picture, shape, sample.cpu())
                 if draw:
-                    answer = replace(answer, drawing=self._drawn(picture, answer.sample, score_threshold))
+                    answer = replace(answer, drawing=self.draw(picture.read(), answer.sample, score_threshold))
                 if out_dir is not None:
                     answer.save(out_dir)
                 yield answer
@@ -195,15 +196,23 @@ class Inferencer:
         record = {"source": picture.source, "height": shape[0], "width": shape[1], **record}
         return Prediction(picture.source, picture.name, record, sample, labels)
 
-    def _drawn(self, picture: Picture, sample: Any, score_threshold: float) -> Any:
-        image, visualizer = picture.read()[..., ::-1].copy(), self.toolbox.visualizer
+    def draw(self, image: Image, sample: Any, score_threshold: float) -> Image:
+        """Return a picture with an answer drawn in, (h, w, 3) uint8 in the order RGB.
+
+        Args:
+            image: (h, w, 3) uint8 in the order BGR.
+            sample: The answer, as in ``Prediction.sample``.
+            score_threshold: Objects below this score are not drawn.
+        """
+        canvas, visualizer = image[..., ::-1].copy(), self.toolbox.visualizer
         if self.task == "cls":
-            visualizer.visualize_cls(image, sample, classes=self.classes, draw_gt=False)
+            visualizer.visualize_cls(canvas, sample, classes=self.classes, draw_gt=False)
         elif self.task == "det":
-            visualizer.add_datasample("", image, sample, draw_gt=False, pred_score_thr=score_threshold)
+            visualizer.add_datasample("", canvas, sample, draw_gt=False, pred_score_thr=score_threshold)
         else:
-            visualizer.add_datasample("", image, sample, draw_gt=False)
-        return visualizer.get_image()
+            visualizer.add_datasample("", canvas, sample, draw_gt=False)
+        drawn: Image = visualizer.get_image()
+        return drawn
 
 
 def _class_names(
