@@ -57,7 +57,10 @@ def _blocks_of(path: Path) -> Iterator[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the command lines of a shell block in words, without comments; a backslash joins lines."""
+    """Return the command lines of a shell block in words, without comments; a backslash joins lines.
+
+    Where some begin with ``$``, the others are what was printed.
+    """
     lines = text.replace("\\\n", " ").splitlines()
-    lines = [line.strip().removeprefix("$ ") for line in lines]
+    lines = [line[2:] for line in lines if line.startswith("$ ")] or lines
     return [words for line in lines if (words := shlex.split(line, comments=True))]

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -57,7 +58,7 @@ def treat(block: Block, treatment: Treatment, folder: Folder) -> None:
         case Python():
             _provide(treatment.needs, folder)
             text = _replaced(block.text, treatment.replace)
-            exec(compile(text, block.name, "exec"), {"__name__": "example"})  # noqa: S102
+            _execute(text, block.name)
         case Write():
             target = _named_file(block)
             (folder.root / target).write_text(block.text)
@@ -80,6 +81,16 @@ def _replaced(text: str, replace: object) -> str:
     for old, new in replace.items():
         text = text.replace(old, new)
     return text
+
+
+def _execute(text: str, name: str) -> None:
+    """Execute Python as a module of its own, which torch.compile asks for by its name."""
+    module = ModuleType("example_of_the_docs")
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(text, name, "exec"), vars(module))  # noqa: S102
+    finally:
+        del sys.modules[module.__name__]
 
 
 def _named_file(block: Block) -> str:
@@ -226,7 +237,9 @@ def _check_pip(arguments: list[str]) -> None:
     """Check the names of extras; the rest is pip's."""
     assert arguments[0] == "install"
     (table,) = re.findall(
-        r"^\[project\.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+        r"^\[project\.optional-dependencies\]\n(.*?)^\[",
+        (ROOT / "pyproject.toml").read_text(),
+        re.MULTILINE | re.DOTALL,
     )
     extras = re.findall(r"^(\w+) = ", table, re.MULTILINE)
     for word in arguments:

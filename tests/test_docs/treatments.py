@@ -103,10 +103,12 @@ CLUSTER = "needs several machines, GPUs or Slurm; tests/test_tools/test_launcher
 _TINY_CONFIG = """
 model = dict(backbone=dict(arch="nano", init_cfg=None), neck=dict(in_channels=[32, 64, 128, 256]))
 """
-_CONFIG_OF_PAGE = Config(nano="""
+_CONFIG_OF_PAGE = Config(
+    nano="""
 model["backbone"].update(arch="nano", init_cfg=None)
 model["neck"]["in_channels"] = [32, 64, 128, 256]
-""")
+"""
+)
 _DETECTOR = '"configs/det/digits/mask-rcnn_vmamba-nano_fpn_digits.py", "work_dirs/demo/det/iter_800.pth"'
 #: cpu_speed.md: the same lines at small sizes and once.
 _ONCE = {"rounds=15": "rounds=1", "rounds=6": "rounds=1", "rounds=3": "rounds=1", "range(40)": "range(1)",
@@ -121,7 +123,9 @@ TREATMENTS: dict[str, dict[str, Treatment]] = {
         "metric (0 to 1)": Shown("what the demo prints"),
         "# my_config.py": By("tests/test_readme.py::test_own_mmdet_config"),
         "python tools/check_dataset.py configs/det/vmamba": Dry(COCO),
-        "python tools/convert_checkpoint.py": Dry("the official file; docs/migrate_from_vmamba.md runs it on one like it"),
+        "python tools/convert_checkpoint.py": Dry(
+            "the official file; docs/migrate_from_vmamba.md runs it on one like it"
+        ),
         "from mmvmamba.converters import": By("tests/test_readme.py::test_python_examples"),
         "from mmvmamba.ops import": By("tests/test_readme.py::test_python_examples"),
         "pip install torch": Dry(INSTALLS),
@@ -193,7 +197,8 @@ TREATMENTS: dict[str, dict[str, Treatment]] = {
         "stage_channels": Python(),
         "backbone = from_upstream": Python(),
         "tools/convert_checkpoint.py": Run(
-            needs=("vssm1_tiny_0230s_ckpt_epoch_264.pth",), leaves=("vmamba-tiny-s1l8.safetensors", "back_to_upstream.pth")
+            needs=("vssm1_tiny_0230s_ckpt_epoch_264.pth",),
+            leaves=("vmamba-tiny-s1l8.safetensors", "back_to_upstream.pth"),
         ),
         "to_upstream_state_dict": Python(),
     },
