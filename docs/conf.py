@@ -1,4 +1,6 @@
-"""Sphinx' settings: ``sphinx-build -W --keep-going -n docs docs/_build``. Nothing is fetched, neither now nor by readers.
+"""Sphinx' settings: ``sphinx-build -W --keep-going -n docs docs/_build``.
+
+Nothing is fetched, neither now nor by readers.
 
 Pages that scripts/make_docs.py writes (environment, model zoo, benchmarks, API) are in the repository like all others;
 ``python scripts/make_docs.py --check`` says whether they are up to date.
@@ -46,14 +48,15 @@ napoleon_use_ivar = True
 
 nitpicky = True
 nitpick_ignore_regex = [
-    # Classes in signatures, bases and attributes: those of torch and mm* are in other projects, whose lists of names are on
-    # the network; classes that are not public have no page; and napoleon takes the words before the colon of an attribute's
-    # docstring for a type. No docstring of ours refers to a class by hand, and pages refer with {py:obj}, which is checked.
+    # Classes in signatures, bases and attributes: those of torch and mm* are in other projects, whose lists of names
+    # are on the network; classes that are not public have no page; and napoleon takes the words before the colon of an
+    # attribute's docstring for a type. No docstring of ours refers to a class by hand, and pages that do so use
+    # {py:obj}, which is checked.
     (r"py:class", r".*"),
 ]
 
 
-def _own_tables(app: Sphinx, docname: str, source: list[str]) -> None:
+def _own_tables(_app: Sphinx, _docname: str, source: list[str]) -> None:
     """Lead links to configs/README.md, which readers on a code host need, to the page made of it."""
     source[0] = source[0].replace("](../configs/README.md", "](model_zoo.md")
 

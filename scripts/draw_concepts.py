@@ -42,7 +42,7 @@ def weights(order: ScanOrder | tuple[ScanOrder, ...], step: float, side: int = S
         orders=orders,
         delta_softplus=False,
     )
-    (found,) = torch.autograd.grad(out[0, *QUERY, 0], x)
+    (found,) = torch.autograd.grad(out[0, QUERY[0], QUERY[1], 0], x)
     return found[0, ..., 0]
 
 
@@ -80,7 +80,7 @@ def draw_steps(target: Path) -> None:
     for step in (0.02, 0.1, 0.5, 2.0):
         route = weights(ScanOrder.ROW, step).flatten()
         end = QUERY[0] * SIDE + QUERY[1]
-        back = range(0, 61)
+        back = range(61)
         axis.plot(back, [float(route[end - i]) for i in back], label=f"step size {step:g}")
     axis.set_yscale("log")
     axis.set_ylim(1e-4, 3)

@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +34,7 @@ from make_model_tables import model_tables  # noqa: E402
 from benchmarks.table import render  # noqa: E402
 from mmvmamba.errors import ConfigError, MMVMambaError  # noqa: E402
 from mmvmamba.models import FAMILIES  # noqa: E402
+from mmvmamba.models.backbones.base import BaseBackbone  # noqa: E402
 
 DOCS = ROOT / "docs"
 NOTE = "<!-- written by scripts/make_docs.py from {}: change that, not this page -->\n"
@@ -42,8 +44,8 @@ _ENVIRONMENT = (
     (
         "When the extension is built",
         "setup.py",
-        "Read by `pip install .`, `pip wheel .` and `python setup.py build_ext --inplace`. `pip install -v` shows what was "
-        "decided.",
+        "Read by `pip install .`, `pip wheel .` and `python setup.py build_ext --inplace`. `pip install -v` shows what "
+        "was decided.",
     ),
     (
         "When `make` sets up a checkout",
@@ -82,8 +84,8 @@ def environment_page() -> str:
     parts = [
         NOTE.format("mmvmamba/envs.py, setup.py and scripts/bootstrap.py"),
         "# Environment variables\n",
-        "All that are read, each in one place. Variables of PyTorch and of torchrun that only pass through are not listed; the "
-        "backends they choose between are explained in [backends.md](backends.md).\n",
+        "All that are read, each in one place. Variables of PyTorch and of torchrun that only pass through are not "
+        "listed; the backends they choose between are explained in [backends.md](backends.md).\n",
     ]
     for title, path, text in _ENVIRONMENT:
         parts += [f"## {title}\n", f"{text}\n", f"{docstring_table(ROOT / path)}\n"]
@@ -116,9 +118,10 @@ def model_zoo_page() -> str:
         [
             NOTE.format("configs/README.md, the metafiles of configs/ and the archs of the backbones"),
             "# Model zoo\n",
-            "The name of a config without its ending is what `demo/image_demo.py`, `mmvmamba.apis.inferencer` and the tools under "
-            "`tools/analysis_tools` and `tools/deployment` take for a model; `tools/train.py` and `tools/test.py` take the path of "
-            'the file. What is marked "upstream" was published by the authors; **none of these models was trained by us**.\n',
+            "The name of a config without its ending is what `demo/image_demo.py`, `mmvmamba.apis.inferencer` and the "
+            "tools under `tools/analysis_tools` and `tools/deployment` take for a model; `tools/train.py` and "
+            '`tools/test.py` take the path of the file. What is marked "upstream" was published by the authors; **none '
+            "of these models was trained by us**.\n",
             "## Families and archs\n",
             "\n".join(_arch_rows()),
             "\n## The folder configs/\n",
@@ -140,8 +143,9 @@ def _arch_rows() -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, family in FAMILIES.items():
         for arch in importlib.import_module(f"mmvmamba.models.backbones.{name}").ARCHS:
+            build: Callable[..., BaseBackbone] = family
             with torch.device("meta"):
-                backbone = family(arch)
+                backbone = build(arch)
             maps = sorted(backbone.out_indices)
             channels, strides = (
                 ", ".join(str(values[i]) for i in maps) for values in (backbone.stage_channels, backbone.stage_strides)
@@ -155,10 +159,11 @@ def benchmarks_page() -> str:
     parts = [
         NOTE.format("benchmarks/results/"),
         "# Benchmarks\n",
-        "Every recorded result as it was printed, the newest first; how each is measured stands in `benchmarks/README.md`, what "
-        "follows from them in [cpu_speed.md](cpu_speed.md) and [families.md](families.md#size-accuracy-speed). All are of one "
-        "CPU: nothing here was timed on a GPU yet ([gpu_speed.md](gpu_speed.md)). Compare ratios inside one table; the machine "
-        "was shared, and absolute times of two runs say little.\n",
+        "Every recorded result as it was printed, the newest first; how each is measured stands in "
+        "`benchmarks/README.md`, what follows from them in [cpu_speed.md](cpu_speed.md) and "
+        "[families.md](families.md#size-accuracy-speed). All are of one CPU: nothing here was timed on a GPU yet "
+        "([gpu_speed.md](gpu_speed.md)). Compare ratios inside one table; the machine was shared, and absolute times "
+        "of two runs say little.\n",
         "| file | benchmark | device | threads | date | commit |",
         "|---|---|---|---|---|---|",
     ]
@@ -191,8 +196,8 @@ def api_pages() -> dict[str, str]:
 
 
 _API_INTRO = (
-    "What the package exports, from the docstrings. Shapes are written in lower-case words: (b, h, w, d) is batch, height, "
-    "width, channels. Every error is a class of `mmvmamba.errors`."
+    "What the package exports, from the docstrings. Shapes are written in lower-case words: (b, h, w, d) is batch, "
+    "height, width, channels. Every error is a class of `mmvmamba.errors`."
 )
 
 
@@ -203,11 +208,9 @@ def _exists(name: str) -> bool:
 def _modules(name: str) -> list[ModuleType]:
     """Return a module, or all modules of a package with itself, without those whose name begins with ``_``."""
     module = importlib.import_module(name)
-    found = [module]
-    for info in pkgutil.walk_packages(getattr(module, "__path__", []), f"{name}."):
-        if not any(word.startswith("_") for word in info.name.split(".")):
-            found.append(importlib.import_module(info.name))
-    return found
+    inside = [info.name for info in pkgutil.walk_packages(getattr(module, "__path__", []), f"{name}.")]
+    public = [name for name in inside if not any(word.startswith("_") for word in name.split("."))]
+    return [module, *map(importlib.import_module, public)]
 
 
 def _listed(module: ModuleType) -> str:

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from tests.nano_models import ROOT, nano_checkpoint, script
+from tests.nano_models import ROOT, script
 from tests.test_docs.blocks import Block, commands
 from tests.test_docs.treatments import By, Config, Dry, Output, Python, Run, Shown, Treatment, Write
 

@@ -1,15 +1,13 @@
 """What is done with every code block of the documents, and why not more where it is not run.
 
-A block belongs to the one treatment of its page whose ``start`` its text contains. A block without a treatment, one with
-two, and a treatment without a block fail ``test_commands.py``.
+A block belongs to the one treatment of its page whose key its text contains. A block without a treatment, one with two,
+and a treatment without a block fail ``test_commands.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -100,9 +98,6 @@ NETWORK = "fetches files from the network"
 INSTALLS = "installs packages, which takes minutes and the network; scripts/check_wheel.sh and .ci/run do it"
 CLUSTER = "needs several machines, GPUs or Slurm; tests/test_tools/test_launchers.py runs the launchers with stand-ins"
 
-_TINY_CONFIG = """
-model = dict(backbone=dict(arch="nano", init_cfg=None), neck=dict(in_channels=[32, 64, 128, 256]))
-"""
 _CONFIG_OF_PAGE = Config(
     nano="""
 model["backbone"].update(arch="nano", init_cfg=None)
