@@ -23,16 +23,17 @@ author = "the authors of mmvmamba"
 copyright = "the authors of mmvmamba, Apache-2.0"  # noqa: A001 (Sphinx' name)
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "plain_attributes"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "_static"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 4  # GitHub makes such anchors too, so that one link serves both
 myst_dmath_double_inline = True
 
 html_theme = "furo"
 html_title = f"mmvmamba {release}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["mmvmamba.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
@@ -49,9 +50,8 @@ napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     # Classes in signatures, bases and attributes: those of torch and mm* are in other projects, whose lists of names
-    # are on the network; classes that are not public have no page; and napoleon takes the words before the colon of an
-    # attribute's docstring for a type. No docstring of ours refers to a class by hand, and pages that do so use
-    # {py:obj}, which is checked.
+    # are on the network, and classes that are not public have no page. No docstring of ours refers to a class by hand,
+    # and pages that do so use {py:obj}, which is checked.
     (r"py:class", r".*"),
 ]
 
