@@ -120,9 +120,13 @@ def _run(words: list[str], folder: Folder) -> None:
 def _quick(tool: str, arguments: list[str]) -> list[str]:
     if tool == "tools/dataset_converters/digits.py":
         return [*arguments, *FEW]
-    if tool in ("tools/train.py", "tools/test.py"):
+    if tool in ("tools/train.py", "tools/test.py", "tools/deployment/test_exported.py"):
         options = [*(QUICK_TRAINING if tool.endswith("train.py") else []), *NO_WORKERS]
         return [*arguments, *([] if "--cfg-options" in arguments else ["--cfg-options"]), *options]
+    if tool == "tools/deployment/export.py":
+        return [*arguments, "--quick"]
+    if tool == "tools/analysis_tools/accuracy_scaling.py":
+        return [*arguments, "--cfg-options", *NO_WORKERS]
     if tool == "demo/image_demo.py":
         return [*arguments, "--device", "cpu"]
     return arguments

@@ -104,6 +104,7 @@ model["backbone"].update(arch="nano", init_cfg=None)
 model["neck"]["in_channels"] = [32, 64, 128, 256]
 """
 )
+_CLASSIFIER = "configs/cls/digits/vmamba-nano_digits.py"
 _DETECTOR = '"configs/det/digits/mask-rcnn_vmamba-nano_fpn_digits.py", "work_dirs/demo/det/iter_800.pth"'
 #: cpu_speed.md: the same lines at small sizes and once.
 _ONCE = {"rounds=15": "rounds=1", "rounds=6": "rounds=1", "rounds=3": "rounds=1", "range(40)": "range(1)",
@@ -207,9 +208,20 @@ TREATMENTS: dict[str, dict[str, Treatment]] = {
     "docs/own_data.md": {"": By("tests/test_docs/test_own_data.py")},
     "docs/scaling.md": {"": Output()},
     "docs/tutorials/deploy.md": {
-        "backbone-neck": Dry("minutes; tests/test_deployment runs the tool"),
-        "--part segmentor": Dry("minutes; tests/test_deployment runs the tool"),
-        "test_exported.py": Dry("minutes; tests/test_deployment runs the tool"),
+        "--part backbone-neck\n": Run(
+            leaves=("work_dirs/export/mask-rcnn_vmamba-nano_fpn_digits_backbone-neck_torch.pt2",)
+        ),
+        "--part segmentor": Run(
+            leaves=(
+                "work_dirs/export/vmamba-nano_upernet_digits_segmentor_torch.pt2",
+                "work_dirs/export/vmamba-nano_digits_classifier_onnx.onnx",
+            )
+        ),
+        "torch.export.load": Python(),
+        "onnxruntime": Python(),
+        "test_exported.py": Run(prints=("coco/bbox_mAP",)),
+        "--int8": Run(leaves=("work_dirs/export/vmamba-nano_digits_classifier_int8_torch.pt2",)),
+        "fold_batch_norms": Python(),
         "demo/app.py": Dry("waits for a browser; tests/test_app opens the page in one"),
     },
     "docs/tutorials/finetune.md": {
@@ -230,10 +242,20 @@ TREATMENTS: dict[str, dict[str, Treatment]] = {
     "docs/tutorials/own_operator.md": {"": Python()},
     "docs/tutorials/paper_figures.md": {
         "get_flops": Run(prints=("multiply-add",)),
-        "benchmark.py": Dry("minutes; tests/test_analysis runs the tools"),
-        "accuracy_scaling.py": Dry("minutes; tests/test_analysis runs the tools"),
-        "erf.py": Dry("minutes; tests/test_analysis runs the tools"),
-        "scan_maps.py": Dry("minutes; tests/test_analysis runs the tools"),
-        "cam.py": Dry("minutes; tests/test_analysis runs the tools"),
+        "benchmark.py": Run(
+            replace={"vmamba-tiny-s1l8_8xb128_in1k": _CLASSIFIER, "--quick": "--seconds 1 --shape 64 64"},
+            leaves=("work_dirs/benchmark/benchmark.png",),
+        ),
+        "/scaling.py": Run(
+            replace={"--quick": f"{_CLASSIFIER} --sides 64 96 --seconds 1"}, leaves=("work_dirs/scaling/scaling.png",)
+        ),
+        "accuracy_scaling.py": Run(
+            replace={"--quick": "--sizes 96 --data-root data/digits"},
+            leaves=("work_dirs/accuracy_scaling/accuracy_scaling.png",),
+        ),
+        "erf.py": Run(replace={"--quick": "--limit 1 --shape 64 96"}, leaves=("work_dirs/erf/erf.png",)),
+        "scan_maps.py": Run(leaves=("work_dirs/scan_maps/scan_maps.png",)),
+        "scan_routes.py": Run(leaves=("work_dirs/scan_routes/scan_routes.gif",)),
+        "cam.py": Run(leaves=("work_dirs/cam/cam.png",)),
     },
 }
