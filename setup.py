@@ -13,6 +13,7 @@ Environment variables read here, and nowhere else:
 |---|---|---|
 | ``MMVMAMBA_BUILD`` | ``auto`` (default), ``0``, ``1`` | the extension: if it can be built, never, required |
 | ``MMVMAMBA_WITH_CUDA`` | ``auto`` (default), ``0``, ``1`` | the CUDA kernels: if they can be built, never, required |
+| ``CXX`` | a command | the C++ compiler; else the one that Python was built with |
 | ``CUDA_HOME`` | a folder | the CUDA toolkit; else that of the nvcc on PATH |
 | ``TORCH_CUDA_ARCH_LIST`` | e.g. ``8.0;9.0+PTX`` | GPU generations, also by name (``Hopper``); no live GPU is asked |
 | ``MAX_JOBS`` | a number >= 1 | compilations at the same time (needs ninja) |

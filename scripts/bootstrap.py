@@ -8,6 +8,7 @@ made in another folder or with another interpreter is made anew, because paths o
 | variable | meaning |
 |---|---|
 | ``MMVMAMBA_PYTHON`` | the interpreter ``.venv`` must have, instead of the present one or the first suitable on PATH |
+| ``CXX`` | the C++ compiler; default: g++ |
 | ``MAX_JOBS`` | compilations at the same time; default: all cores, as far as memory allows |
 | ``MMVMAMBA_WITH_CUDA`` | as in setup.py; default: CUDA kernels for the GPUs of this machine, if they can be built |
 | ``TORCH_CUDA_ARCH_LIST`` | as in setup.py; default: the GPUs of this machine |
