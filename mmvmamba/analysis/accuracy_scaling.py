@@ -142,7 +142,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.set_title(label, fontsize=10)
         axis.set_xticks(sorted({row["size"] for row in here}))
         axis.tick_params(axis="x", labelsize=8)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max(1.0, *(row["value"] for row in here)))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.suptitle("Accuracy at other sizes than that of the training, without finetuning", fontsize=10)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,4 +184,5 @@ def _test(trained: Trained, size: int, cfg: Config, work_dir: Path) -> dict[str,
     runner = build_runner(cfg)
     check_weights(runner.model, trained.checkpoint)
     metrics = runner.test()
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+    # mmseg's are numbers of NumPy; what a data set has no truth for is NaN in some metrics.
+    return {name: float(n) for name, n in metrics.items() if isinstance(n, numbers.Real) and math.isfinite(n)}

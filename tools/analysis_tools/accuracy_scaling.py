@@ -9,6 +9,8 @@ models: the demo's three, trained on digits (python tools/demo.py). Writes accur
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,8 +94,8 @@ def main() -> None:
     folder = output_folder(args.out_dir)
     models = _models(args)
     sizes = [_sizes(args, trained) for trained in models]
-    # What COCO's evaluation prints goes to stderr with the bar.
-    with progress_of("tests", sum(map(len, sizes))) as advance:
+    # What loading and COCO's evaluation print goes where the bar goes.
+    with contextlib.redirect_stdout(sys.stderr), progress_of("tests", sum(map(len, sizes))) as advance:
         tests = evaluate_at_sizes(models, sizes, folder / "tests", advance)
     rows = [row for test in tests for row in test.rows()]
     if not rows:
