@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 import warnings
@@ -181,11 +182,19 @@ def _free_sizes(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep away what PyTorch says about its own use of its own functions."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
+    """Keep away what the exporter says about its own functions and about every node that it cannot simplify."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _write(written: Any, file: Path) -> None:

@@ -14,8 +14,8 @@ from mmvmamba.deployment.onnx.products import (
     write_ssd_read,
     write_ssd_state,
 )
-from mmvmamba.deployment.onnx.scans import write_scan
-from mmvmamba.deployment.onnx.writer import Value, Writer
+from mmvmamba.deployment.onnx.scans import Recurrence, softplus, write_scan
+from mmvmamba.deployment.onnx.writer import Body, Value, Writer
 from mmvmamba.ops.library import TWINS
 from mmvmamba.ops.scan2d import ScanOrder
 
@@ -171,20 +171,25 @@ def write_scan2d(
 ) -> Value:  # fmt: skip
     """Write `mmvmamba.ops.scan2d`; returns the merged map (b, h, w, d)."""
     op = writer.op
-    _, _, rank = dt_weight.shape
-    states = A.shape[2]
-    apart = len(x.shape) == 5
-    per_visit = writer.split(routes.read(projections, True), 3, rank, states, states)
-    features, b_in, c_out = per_visit
-    step = op.MatMul(features, writer.transpose(dt_weight, 0, 2, 1))  # (b, k, l, d)
-    if dt_bias is not None:
-        step = op.Add(step, op.Unsqueeze(dt_bias, writer.integers(1)))
-    step = op.Softplus(step) if delta_softplus else step
+    states, apart = A.shape[2], len(x.shape) == 5
+    features, b_in, c_out = writer.split(routes.read(projections, True), 3, dt_weight.shape[2], states, states)
+    weight = writer.transpose(dt_weight, 0, 2, 1)
+    bias = None if dt_bias is None else op.Unsqueeze(dt_bias, writer.integers(1))  # (k, 1, d)
+    finish = softplus(writer)
+
+    def step(body: Body, value: Value) -> Value:
+        value = body("MatMul", value, weight)
+        value = value if bias is None else body("Add", value, bias)
+        return finish(body, value) if delta_softplus else value
+
     u = routes.read(x, apart)
-    y, _ = write_scan(writer, step, op.Mul(step, u), writer.transpose(A, 0, 2, 1), b_in, c_out, states)
-    if D is not None:
-        y = op.Add(y, op.Mul(u, op.Unsqueeze(D, writer.integers(1))))
-    return routes.merge(y)
+    y, _ = write_scan(writer, Recurrence(features, step, u, writer.transpose(A, 0, 2, 1), b_in, c_out, states))
+    if D is None:
+        return routes.merge(y)
+    if apart or routes.permutation is not None:
+        return routes.merge(op.Add(y, op.Mul(u, op.Unsqueeze(D, writer.integers(1)))))
+    # Every route visits every pixel once.
+    return op.Add(routes.merge(y), op.Mul(x, op.ReduceSum(D, writer.integers(0), keepdims=0)))
 
 
 def write_selective_scan(
@@ -193,24 +198,23 @@ def write_selective_scan(
 ) -> tuple[Value, Value]:  # fmt: skip
     """Write `mmvmamba.ops.selective_scan`; returns the output (b, d, l) and the last state (b, d, n)."""
     op = writer.op
-    groups, states = B.shape[1], A.shape[1]
-    channels = A.shape[0]
+    groups, (channels, states) = B.shape[1], A.shape
 
     def by_group(value: Value) -> Value:
         """(b, d, l) -> (b, g, l, d / g)."""
-        split = writer.reshape(value, 0, groups, channels // groups, -1)
-        return writer.transpose(split, 0, 1, 3, 2)
+        return writer.transpose(writer.reshape(value, 0, groups, channels // groups, -1), 0, 1, 3, 2)
 
-    step = delta if delta_bias is None else op.Add(delta, op.Unsqueeze(delta_bias, writer.integers(1)))
-    step = by_group(op.Softplus(step) if delta_softplus else step)
+    if delta_bias is not None:
+        delta = op.Add(delta, op.Unsqueeze(delta_bias, writer.integers(1)))
     rate = writer.transpose(writer.reshape(A, groups, channels // groups, states), 0, 2, 1)
     b_in, c_out = (writer.transpose(value, 0, 1, 3, 2) for value in (B, C))
-    y, last = write_scan(writer, step, op.Mul(step, by_group(u)), rate, b_in, c_out, states)
+    step, padding = _steps(writer, delta_softplus)
+    scan = Recurrence(by_group(delta), step, by_group(u), rate, b_in, c_out, states, padding=padding)
+    y, last = write_scan(writer, scan)
     y = writer.reshape(writer.transpose(y, 0, 1, 3, 2), 0, channels, -1)
     if D is not None:
         y = op.Add(y, op.Mul(u, op.Unsqueeze(D, writer.integers(1))))
-    last = writer.reshape(writer.transpose(last, 0, 1, 3, 2), 0, channels, states)
-    return y, last
+    return y, writer.reshape(writer.transpose(last, 0, 1, 3, 2), 0, channels, states)
 
 
 def write_ssd(
@@ -221,15 +225,22 @@ def write_ssd(
     op = writer.op
     heads, (groups, states) = x.shape[2], b_in.shape[2:]
     of_head = [head // (heads // groups) if blocked else head % groups for head in range(heads)]
-    step = dt if dt_bias is None else op.Add(dt, dt_bias)
-    step = op.Softplus(step) if dt_softplus else step
-    step = op.Unsqueeze(writer.transpose(step, 0, 2, 1), writer.integers(3))  # (b, k, l, 1)
-    u = writer.transpose(x, 0, 2, 1, 3)  # (b, k, l, p)
+    dt = dt if dt_bias is None else op.Add(dt, dt_bias)
+    features = op.Unsqueeze(writer.transpose(dt, 0, 2, 1), writer.integers(3))  # (b, k, l, 1)
     indices = writer.integers(*of_head)
     b_in, c_out = (writer.transpose(op.Gather(value, indices, axis=2), 0, 2, 1, 3) for value in (b_in, c_out))
     rate = writer.reshape(decay, heads, 1, 1)
-    y, last = write_scan(writer, step, op.Mul(step, u), rate, b_in, c_out, states, initial_state)
+    step, padding = _steps(writer, dt_softplus)
+    u = writer.transpose(x, 0, 2, 1, 3)  # (b, k, l, p)
+    y, last = write_scan(writer, Recurrence(features, step, u, rate, b_in, c_out, states, initial_state, padding))
     y = writer.transpose(y, 0, 2, 1, 3)
     if skip is not None:
         y = op.Add(y, op.Mul(x, op.Unsqueeze(skip, writer.integers(1))))
     return y, last
+
+
+def _steps(writer: Writer, delta_softplus: bool) -> tuple[Callable[[Body, Value], Value], float]:
+    """Return how step sizes are made of what is given, and what makes a step size of zero."""
+    if delta_softplus:
+        return softplus(writer), float("-inf")
+    return lambda _, value: value, 0.0

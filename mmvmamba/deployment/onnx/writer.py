@@ -151,11 +151,14 @@ class Body:
 
     def value(self) -> Value:
         """Return a new float32 value."""
-        self._values += 1
-        return self._ir.Value(name=f"{self.name}_{self._values}", type=self._ir.TensorType(self._ir.DataType.FLOAT))
+        return self._named(self._ir.DataType.FLOAT)
 
     def __call__(self, kind: str, *inputs: Value, **attributes: Any) -> Value:
         """Write a node with one output and return that."""
-        out = self.value()
+        out = self._named(self._ir.DataType.BOOL) if kind == "Equal" else self.value()
         self.nodes.append(self._ir.node(kind, list(inputs), attributes, outputs=[out]))
         return out
+
+    def _named(self, dtype: Any) -> Value:
+        self._values += 1
+        return self._ir.Value(name=f"{self.name}_{self._values}", type=self._ir.TensorType(dtype))
