@@ -116,7 +116,9 @@ def export_onnx(
     )
 
 
-def _checked(module: nn.Module, example: Tensor, path: str | Path, dynamic: Sequence[str], opset: int) -> Path:
+def _checked(
+    module: nn.Module, example: Tensor, path: str | Path, dynamic: Sequence[str], opset: int
+) -> Path:
     """Check all arguments and that the file can be written; return the file."""
     if isinstance(dynamic, str) or [name for name in dynamic if name not in DIMENSIONS]:
         spelling = nearest_spelling(dynamic if isinstance(dynamic, str) else dynamic[0], DIMENSIONS)

@@ -24,14 +24,16 @@ def translations() -> dict[Any, Translation]:
     """
     writer = Writer()
 
-    def selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus: bool, out_dtype: int, save_carries: bool):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def selective_scan(
+        u, delta, A, B, C, D, delta_bias, delta_softplus: bool, out_dtype: int, save_carries: bool
+    ):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         del out_dtype, save_carries
         return write_selective_scan(writer, u, delta, A, B, C, D, delta_bias, delta_softplus)
 
     def scan2d(
         x, projections, dt_weight, dt_bias, A, D, orders: Sequence[int], permutation, delta_softplus: bool,
         out_dtype: int, save_carries: bool,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: ANN001, ANN202
         del out_dtype, save_carries
         routes = Routes(writer, x, list(orders or ()), permutation, dt_weight.shape[0])
         return write_scan2d(writer, x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus), writer.zeros(0)
@@ -39,7 +41,7 @@ def translations() -> dict[Any, Translation]:
     def ssd(
         x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus: bool, blocked: bool, out_dtype: int,
         save_carries: bool,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: ANN001, ANN202
         del out_dtype, save_carries
         return write_ssd(writer, x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus, blocked)
 
@@ -90,7 +92,9 @@ class Routes:
         rows, columns = [], []
         for i, order in enumerate(self.orders):
             one = self.writer.pick(visits, i, 1)
-            (columns if order in COLUMNS else rows).append(self.writer.flip(one, 1) if order in BACKWARDS else one)
+            (columns if order in COLUMNS else rows).append(
+                self.writer.flip(one, 1) if order in BACKWARDS else one
+            )
         b, h, w = (self._side(i) for i in range(3))
         maps = []
         if rows:
