@@ -279,6 +279,7 @@ def load_exported(path: str | Path) -> Exported:
         free = {name: (int(low), None if high is None else int(high))
                 for name, (low, high) in content["input"]["free"].items()}  # fmt: skip
         part, task, shape = content["part"], content["task"], tuple(content["input"]["shape"])
+        kind, made_by = content["format"], content["torch"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{str(description)!r} cannot be read ({error}), expected what export.py writes beside {file.name!r}. Keep "
@@ -286,6 +287,11 @@ def load_exported(path: str | Path) -> Exported:
         ) from error
     if part not in PARTS:
         raise ConfigError(f"{str(description)!r}: part is {part!r}, expected one of {', '.join(PARTS)}. Export again.")
+    if kind == "aotinductor" and made_by != torch.__version__:
+        raise ConfigError(
+            f"{str(file)!r} was compiled by PyTorch {made_by}, but this is {torch.__version__}, expected the same. "
+            "Compile it again."
+        )
     return Exported(file, part, task, free, shape, _opened(file))
 
 

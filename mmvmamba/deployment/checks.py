@@ -93,8 +93,8 @@ def require_equal(runs: Sequence[Run], tolerance: float = TOLERANCE) -> None:
     if wrong:
         worst = max(wrong, key=lambda run: run.error)
         raise ConfigError(
-            f"the exported network differs from PyTorch's at {len(wrong)} of {len(runs)} sizes, by {worst.error:.1e} at "
-            f"{worst.shape}, expected at most {tolerance:.0e}. Do not use the file, and report this."
+            f"the exported network differs from PyTorch's at {len(wrong)} of {len(runs)} sizes, by {worst.error:.1e} "
+            f"at {worst.shape}, expected at most {tolerance:.0e}. Do not use the file, and report this."
         )
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from mmvmamba.analysis.outputs import output_folder, write_json
 from mmvmamba.apis import (
@@ -58,20 +61,26 @@ def main() -> None:
     del weights
     results = {}
     if args.compare:
-        results["pytorch"] = runner.test()
+        results["pytorch"] = _plain(runner.test())
     runner.load_or_resume()  # before the part is replaced: it has none of the names of the checkpoint
     put_into(runner.model, exported)
-    results[Path(args.exported).name] = runner.test()
+    results["exported"] = _plain(runner.test())
     write_json(folder / "metrics.json", results)
     print_table(results)
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics without NumPy's types, which JSON does not know; a metric that is no number is left out."""
+    numbers = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+    return {name: value for name, value in numbers.items() if np.isfinite(value)}
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
     """Print the metrics of every test beside each other."""
     names = list(next(iter(results.values())))
-    print("\n" + " " * 32 + "".join(f"{column[:30]:>32}" for column in results))
+    print("\n" + " " * 32 + "".join(f"{column:>12}" for column in results))
     for name in names:
-        print(f"{name:<32}" + "".join(f"{values[name]:>32.4f}" for values in results.values()))
+        print(f"{name:<32}" + "".join(f"{values[name]:>12.4f}" for values in results.values()))
 
 
 if __name__ == "__main__":
