@@ -32,7 +32,11 @@ CSS = """
 .scan-maps { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 8px; }
 .scan-maps figure { margin: 0; min-width: 0; }
 .scan-maps figure:first-child { grid-row: span 2; }
-.scan-maps img { width: 100%; height: auto; display: block; image-rendering: auto; }
+.scan-maps img { max-width: 100%; height: auto; display: block; }
+@media (min-width: 641px) {
+  .scan-maps img { max-height: 130px; }
+  .scan-maps figure:first-child img { max-height: 285px; }
+}
 .scan-maps figcaption, .scan-note { color: var(--body-text-color); font-size: 13px; }
 @media (max-width: 640px) {
   .scan-maps { grid-template-columns: 1fr 1fr; }

@@ -23,7 +23,7 @@ _WORDS = f"""# {TITLE}
 Choose a picture and a model, and press **Run**. A click on the answer shows where the scans of the backbone look from
 that pixel. Pictures stay on this machine."""
 _QUEUE = "model"  # one thing at a time: a second one would only make both slower
-_HEIGHT = 300  # of the answer, in pixels
+_HEIGHT = 270  # of the answer, in pixels
 T = TypeVar("T")
 
 

@@ -18,8 +18,8 @@ from mmvmamba.errors import ConfigError
 KIND_NAMES = {"weight": "whole weight", "decayed": "(Q⊙w)(K/w)ᵀ", "qk": "QKᵀ"}
 #: What each kind is, for the page.
 KIND_MEANINGS = {
-    "weight": "what a cell's value is multiplied by in the query's output: projections, decays and step size",
-    "decayed": "products of the projections, times what the decays leave of them on the way to the query",
+    "weight": "what a cell's value is multiplied by in the query's output",
+    "decayed": "products of the projections, and what the decays leave of them on the way",
     "qk": "products of the projections alone, as attention without a softmax",
 }
 
@@ -75,8 +75,8 @@ def scan_view(models: Models, answer: Answer, pixel: tuple[int, int], layer: str
     rows, columns = values.shape[1:]
     caption = (
         f"Shown: {KIND_NAMES[kind]} of {layer}, {columns} x {rows} cells, for the pixel at row {pixel[0]}, "
-        f"column {pixel[1]} (cross): {KIND_MEANINGS[kind]}. Bright is much; each map has its own "
-        "scale, and colours follow the square root of the share of its largest value."
+        f"column {pixel[1]} (cross): {KIND_MEANINGS[kind]}. Each map has its own scale, from 0 (dark) to its largest "
+        "value, by square roots."
     )
     several: Sequence[str] = maps.directions if len(maps.directions) > 1 else ()
     return ScanView(
