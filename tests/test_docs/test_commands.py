@@ -42,6 +42,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task, name in CHECKPOINTS.items():
         (folder / task).mkdir()
         shutil.move(nano_checkpoint(task, folder / task), folder / task / name)
+        (folder / task / "last_checkpoint").write_text(f"work_dirs/demo/{task}/{name}")
     return folder
 
 
