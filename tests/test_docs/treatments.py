@@ -118,6 +118,7 @@ TREATMENTS: dict[str, dict[str, Treatment]] = {
         "make demo": Dry("takes minutes; tests/test_demo.py runs the quick demo"),
         "metric (0 to 1)": Shown("what the demo prints"),
         "# my_config.py": By("tests/test_readme.py::test_own_mmdet_config"),
+        "demo/app.py": Dry("docs/tutorials/deploy.md and paper_figures.md run such lines"),
         "python tools/check_dataset.py configs/det/vmamba": Dry(COCO),
         "python tools/convert_checkpoint.py": Dry(
             "the official file; docs/migrate_from_vmamba.md runs it on one like it"
