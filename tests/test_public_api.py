@@ -30,7 +30,7 @@ THIRD_PARTY = {
     "engine": {"torch", "mmengine", "numpy"},
     "converters": {"torch"},
     "datasets": {"numpy", "cv2", "PIL"},
-    "analysis": {"torch", "numpy", "cv2", "mmengine"},
+    "analysis": {"torch", "numpy", "cv2", "mmengine", "matplotlib"},
     "deployment": {"torch", "numpy"},
     "apis": {"torch", "mmengine"},
 }
