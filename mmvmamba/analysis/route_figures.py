@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 
 from mmvmamba.analysis.routes import LayerWalks, Point, Walk
 from mmvmamba.optional import optional_package
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
 
 #: Pixels: side of a panel's map, space between panels, heights of texts; before halving.
 _SIDE, _GAP, _TITLE, _NAME, _HEAD = 232, 36, 52, 34, 84
@@ -63,8 +60,8 @@ def draw_animation(layers: Sequence[LayerWalks], path: Path) -> Path:
     return path
 
 
-def _sheet(layers: Sequence[LayerWalks], step: int | None) -> Picture:
-    """Return all networks on one sheet, up to a step or, without one, whole."""
+def _sheet(layers: Sequence[LayerWalks], step: int | None) -> Any:
+    """Return all networks on one sheet, a picture of Pillow's, up to a step or, without one, whole."""
     optional_package("PIL", "analysis")
     from PIL import Image, ImageDraw, ImageFont
 
