@@ -129,7 +129,7 @@ class Measurement:
 def measure(
     subjects: Sequence[Subject], images: Tensor, settings: Settings, *, train: bool = False
 ) -> list[Measurement]:
-    """Time a step of every subject on the same images, in turns, then measure its memory.
+    """Measure the memory of a step of every subject, then time all of them on the same images, in turns.
 
     Args:
         subjects: What to measure; names differ.
