@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -183,7 +184,8 @@ def write_scan2d(
         return finish(body, value) if delta_softplus else value
 
     u = routes.read(x, apart)
-    y, _ = write_scan(writer, Recurrence(features, step, u, writer.transpose(A, 0, 2, 1), b_in, c_out, states))
+    rate, width = writer.transpose(A, 0, 2, 1), math.prod(A.shape)
+    y, _ = write_scan(writer, Recurrence(features, step, u, rate, b_in, c_out, states, width))
     if D is None:
         return routes.merge(y)
     if apart or routes.permutation is not None:
@@ -209,7 +211,9 @@ def write_selective_scan(
     rate = writer.transpose(writer.reshape(A, groups, channels // groups, states), 0, 2, 1)
     b_in, c_out = (writer.transpose(value, 0, 1, 3, 2) for value in (B, C))
     step, padding = _steps(writer, delta_softplus)
-    scan = Recurrence(by_group(delta), step, by_group(u), rate, b_in, c_out, states, padding=padding)
+    scan = Recurrence(
+        by_group(delta), step, by_group(u), rate, b_in, c_out, states, math.prod(A.shape), padding=padding
+    )
     y, last = write_scan(writer, scan)
     y = writer.reshape(writer.transpose(y, 0, 1, 3, 2), 0, channels, -1)
     if D is not None:
@@ -232,7 +236,9 @@ def write_ssd(
     rate = writer.reshape(decay, heads, 1, 1)
     step, padding = _steps(writer, dt_softplus)
     u = writer.transpose(x, 0, 2, 1, 3)  # (b, k, l, p)
-    y, last = write_scan(writer, Recurrence(features, step, u, rate, b_in, c_out, states, initial_state, padding))
+    width = heads * states * x.shape[3]
+    scan = Recurrence(features, step, u, rate, b_in, c_out, states, width, initial_state, padding)
+    y, last = write_scan(writer, scan)
     y = writer.transpose(y, 0, 2, 1, 3)
     if skip is not None:
         y = op.Add(y, op.Mul(x, op.Unsqueeze(skip, writer.integers(1))))

@@ -13,7 +13,8 @@ These are three times sqrt(l) steps (384 for 16384 positions), memory linear in 
 exponential but that of one rate times one step or a sum of steps: where states decay it is at most 1, so nothing
 overflows where the recurrence does not. (The usual way to do without loops, exponentials of differences of cumulative
 sums, overflows or loses all digits after one strong decay.) Walking twice costs less than keeping what the first walk
-knew: one step's numbers fit in a processor's cache, those of all positions do not.
+knew: one step's numbers fit in a processor's cache, those of all positions do not. That they do, wide maps with many
+states have fewer and longer chunks. ``python -m benchmarks.onnx_scan`` times it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from mmvmamba.deployment.onnx.writer import Body, Value, Writer
 LARGEST_RATE = math.log(torch.finfo(torch.float32).max) - 1e-3
 """Decays saturate below infinity, as those of `mmvmamba.ops.selective_scan.reference` do: infinity times a state of
 zero is not a number."""
+LARGEST_STEP = 2**17
+"""How many numbers the states of all chunks may be (half a megabyte), unless there are fewer chunks than the next."""
+FEWEST_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Recurrence:
         c_out: Output projections (b, k, l, n).
         states: n.
         first: The state before the first position (b, k, n, d), or None for zeros.
+        width: k n d.
         padding: Features of positions behind the last: such that their step sizes are zero where the last state is
             wanted.
     """
@@ -56,6 +61,7 @@ class Recurrence:
     b_in: Value
     c_out: Value
     states: int
+    width: int
     first: Value | None = None
     padding: float = 0.0
 
@@ -64,7 +70,7 @@ def write_scan(writer: Writer, scan: Recurrence) -> tuple[Value, Value]:
     """Write a recurrence; returns the output (b, k, l, d) and the last state (b, k, n, d)."""
     op = writer.op
     length = writer.sizes(scan.u, 2, 3)
-    chunk, chunks, pads = _chunks(writer, length)
+    chunk, chunks, pads = _chunks(writer, length, max(LARGEST_STEP // scan.width, FEWEST_CHUNKS))
 
     def cut(value: Value, padding: float = 0.0) -> Value:
         """(b, k, l, c) -> (t, b, k, m, c), position t of all chunks together."""
@@ -86,12 +92,19 @@ def write_scan(writer: Writer, scan: Recurrence) -> tuple[Value, Value]:
     return op.Slice(whole, writer.integers(0), length, writer.integers(2)), last
 
 
-def _chunks(writer: Writer, length: Value) -> tuple[Value, Value, Value]:
+def _chunks(writer: Writer, length: Value, most: int) -> tuple[Value, Value, Value]:
     """Return positions of a chunk, how many chunks, and the pads that fill the last: (b, k, l, c) at its third side."""
     op = writer.op
     one = writer.integers(1)
-    chunk = op.Max(op.Cast(op.Ceil(op.Sqrt(op.Cast(length, to=1))), to=7), one)
-    chunks = op.Div(op.Sub(op.Add(length, chunk), one), chunk)
+    root = op.Cast(op.Ceil(op.Sqrt(op.Cast(length, to=1))), to=7)
+    wanted = op.Max(op.Min(root, writer.integers(most)), one)
+
+    def cover(size: Value) -> Value:
+        """How many parts of a size have all positions."""
+        return op.Div(op.Sub(op.Add(length, size), one), size)
+
+    chunk = op.Max(cover(wanted), one)
+    chunks = cover(chunk)
     missing = op.Sub(op.Mul(chunks, chunk), length)
     return chunk, chunks, op.Concat(writer.integers(0, 0, 0, 0, 0, 0), missing, writer.integers(0), axis=0)
 
