@@ -77,6 +77,10 @@ def print_table(export: Export, *, int8: bool) -> None:
     print(line)
 
 
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line} ...\n")
+
+
 def main() -> None:
     """Export."""
     args = parse_args()
@@ -97,7 +101,7 @@ def main() -> None:
     folder = output_folder(args.out_dir)
     (network,) = networks_from(args)
     sys.stderr.write(f"{network.name}: {network.weights}\n")
-    export = export_network(network, request, folder, lambda line: sys.stderr.write(f"{line} ...\n") and None)
+    export = export_network(network, request, folder, _say)
     print_table(export, int8=args.int8)
 
 

@@ -25,7 +25,8 @@ def without_padding(x: Tensor, h: int, w: int) -> Tensor:
     """Return the first ``h`` rows and ``w`` columns of ``x`` (b, h', w', c); the map itself where it has no more."""
     if statically_known_true(x.shape[1] == h) and statically_known_true(x.shape[2] == w):
         return x
-    if isinstance(h, torch.SymInt) or isinstance(w, torch.SymInt):
+    sides: tuple[int | torch.SymInt, ...] = (h, w)
+    if any(isinstance(side, torch.SymInt) for side in sides):
         # Of a part of unknown size an export would ask whether it lies densely in memory, which depends on the size.
         rows, columns = (torch.arange(side, device=x.device) for side in (h, w))
         return x.index_select(1, rows).index_select(2, columns)
