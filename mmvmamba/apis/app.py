@@ -146,8 +146,8 @@ class Models:
         if key not in self._loaded:
             if not request.weights and request.model == str(demo_config(request.task)):
                 raise CheckpointError(
-                    "weights is empty, expected the path of a checkpoint: nobody publishes weights of the demo's models. "
-                    "Train them with `make demo`, or type the path of yours."
+                    "weights is empty, expected the path of a checkpoint: nobody publishes weights of the demo's "
+                    "models. Train them with `make demo`, or type the path of yours."
                 )
             started = time.perf_counter()
             model = Path(request.model) if Path(request.model).is_file() else request.model
