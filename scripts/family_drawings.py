@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmvmamba.models.backbones import msvmamba
+from mmvmamba.models.backbones import efficientvmamba, msvmamba
 from mmvmamba.models.layers.snake import snake_walks
 from mmvmamba.ops import CROSS_SCAN, ScanOrder
 from mmvmamba.ops.scan2d.orders import order_to_permutation
@@ -146,7 +146,7 @@ DRAWINGS: dict[str, Drawing] = {
                 [grid_walk(order, k % 2, k // 2)],
                 shaded=frozenset(grid_walk(ScanOrder.ROW, k % 2, k // 2)),
             )
-            for k, order in enumerate(CROSS_SCAN)
+            for k, order in enumerate(efficientvmamba.GRID_ORDERS)
         ),
         (
             (

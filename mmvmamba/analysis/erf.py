@@ -13,6 +13,7 @@ its middle where patches do not overlap.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from mmvmamba.analysis.outputs import new_figure, save_figure
 from mmvmamba.errors import ConfigError, DataError
+from mmvmamba.optional import optional_package
 
 SHARES = (0.2, 0.3, 0.5, 0.99)
 """How much of the field the squares of the table hold, as in RepLKNet's table."""
@@ -105,8 +107,8 @@ def feature_map(backbone: nn.Module, images: Tensor, stage: int) -> Tensor:
     if not maps or not all(isinstance(value, Tensor) and value.dim() == 4 for value in maps):
         found = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in maps]
         raise ConfigError(
-            f"{type(backbone).__name__} returns {found or type(out).__name__}, expected maps (b, c, h, w). Name a "
-            "model whose backbone gives maps (out_type='featmap' of columnar models and mmpretrain's)."
+            f"{type(backbone).__name__} returns {found or type(out).__name__}, expected maps (b, c, h, w). Name "
+            "the config of a detector or segmentor with this backbone: there it gives maps."
         )
     if not -len(maps) <= stage < len(maps):
         raise ConfigError(
@@ -188,6 +190,7 @@ def draw_fields(fields: Sequence[tuple[str, Field]], path: Path) -> Path:
     Raises:
         MissingPackage: If matplotlib is not installed.
     """
+    optional_package("matplotlib", "analysis")
     from matplotlib.colors import LogNorm
 
     panels = len(fields) + 1
@@ -197,10 +200,10 @@ def draw_fields(fields: Sequence[tuple[str, Field]], path: Path) -> Path:
     flat = list(axes.flatten())
     norm = LogNorm(1e-4, 1.0)
     image: Any = None
-    for axis, (title, field) in zip(flat, fields, strict=False):
+    for number, (axis, (title, field)) in enumerate(zip(flat, fields, strict=False), start=1):
         relative = field.values / field.values.max()
         image = axis.imshow(relative.clamp(min=1e-4).numpy(), norm=norm, cmap="viridis")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(_wrapped(f"{number}: {title}"), fontsize=8)
         axis.set_xlabel("pixel", fontsize=8)
         axis.tick_params(labelsize=8)
     if image is not None:
@@ -208,10 +211,10 @@ def draw_fields(fields: Sequence[tuple[str, Field]], path: Path) -> Path:
         bar.set_label("mean |gradient| relative to the largest; 0.0001 and less are dark", fontsize=8)
         bar.ax.tick_params(labelsize=8)
     curves = flat[len(fields)]
-    for title, field in fields:
+    for number, (_, field) in enumerate(fields, start=1):
         held = held_by_squares(field)
         sides = (2 * torch.arange(len(held)) + 1).numpy()
-        curves.plot(sides, 100 * held.numpy(), label=title.replace("\n", ", "))
+        curves.plot(sides, 100 * held.numpy(), label=str(number))
     curves.set_title("contribution of a centred square", fontsize=9)
     curves.set_xlabel("side of the square (pixels)", fontsize=8)
     curves.set_ylabel("% of the field", fontsize=8)
@@ -219,7 +222,13 @@ def draw_fields(fields: Sequence[tuple[str, Field]], path: Path) -> Path:
     curves.set_box_aspect(1)
     curves.tick_params(labelsize=8)
     curves.grid(alpha=0.3)
-    curves.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    curves.legend(fontsize=8, loc="lower right", title="panel", title_fontsize=8)
     for axis in flat[panels:]:
         axis.set_axis_off()
     return save_figure(figure, path)
+
+
+def _wrapped(title: str) -> str:
+    """Break the lines of a title behind underscores and hyphens where they are longer than a panel is wide."""
+    lines = (textwrap.wrap(line.replace("_", "_ "), 34) for line in title.split("\n"))
+    return "\n".join(part.replace("_ ", "_") for wrapped in lines for part in wrapped)

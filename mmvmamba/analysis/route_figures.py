@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 
 from mmvmamba.analysis.routes import LayerWalks, Point, Walk
 from mmvmamba.optional import optional_package
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 #: Pixels: side of a panel's map, space between panels, heights of texts; before halving.
 _SIDE, _GAP, _TITLE, _NAME, _HEAD = 232, 36, 52, 34, 84
@@ -51,17 +48,20 @@ def draw_animation(layers: Sequence[LayerWalks], path: Path) -> Path:
         layers: One for each network.
         path: The GIF.
     """
+    optional_package("PIL", "analysis")
+    from PIL import Image
+
     steps = max((walk.start + len(walk.points) for layer in layers for walk in layer.walks if walk.ordered), default=1)
     sheets = [_sheet(layers, step) for step in range(steps)]
     palette = sheets[-1].quantize(96)
-    frames = [sheet.quantize(palette=palette, dither=0) for sheet in sheets]
+    frames = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     times = [MILLISECONDS] * (len(frames) - 1) + [_LAST]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
     return path
 
 
-def _sheet(layers: Sequence[LayerWalks], step: int | None) -> Image:
-    """Return all networks on one sheet, up to a step or, without one, whole."""
+def _sheet(layers: Sequence[LayerWalks], step: int | None) -> Any:
+    """Return all networks on one sheet, a picture of Pillow's, up to a step or, without one, whole."""
     optional_package("PIL", "analysis")
     from PIL import Image, ImageDraw, ImageFont
 

@@ -7,6 +7,7 @@ modules say which layer called it and on which map that layer works.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,14 +75,18 @@ def watch_scans(model: nn.Module, seen: Callable[[ScanCall], None]) -> Iterator[
         seen: Called after the operator, under ``no_grad`` and outside the watch.
     """
     running: list[_Running] = []
+    thread = threading.get_ident()
     handles = []
     for name, module in model.named_modules():
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            if threading.get_ident() != thread:
+                return  # somebody else's run of the same network
             running.append(_Running(name, module, _layout_of((*args, *kwargs.values()))))
 
         def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
-            running.pop()
+            if threading.get_ident() == thread:
+                running.pop()
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))

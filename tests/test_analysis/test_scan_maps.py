@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -349,6 +351,27 @@ def test_hooks_are_gone_after_an_error():
     with pytest.raises(OpInputError):
         scan_map(model, torch.randn(1, D + 1, H, W, dtype=torch.float64), (0, 0))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_runs_of_other_threads_are_not_seen():
+    """A server may answer with the same network meanwhile."""
+    model = FAMILIES["vmamba"]("nano").eval()
+    picture = torch.randn(1, 3, 32, 32)
+    names: list[str] = []
+
+    def other() -> None:
+        with torch.no_grad():
+            model(picture)
+
+    def see(call: ScanCall) -> None:
+        names.append(call.layer)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    with torch.no_grad(), watch_scans(model, see):
+        model(picture)
+    assert names == [layer.name for layer in scan_layers(model, picture)]
 
 
 def test_pictures_of_maps():

@@ -98,7 +98,7 @@ ARCHS: dict[str, EfficientVMambaArch] = {
 }
 
 #: Route over each of the four grids. Grid k holds rows of parity k % 2 and columns of parity k // 2.
-_GRID_ORDERS = (ScanOrder.ROW, ScanOrder.COLUMN, ScanOrder.ROW, ScanOrder.COLUMN)
+GRID_ORDERS = (ScanOrder.ROW, ScanOrder.COLUMN, ScanOrder.ROW, ScanOrder.COLUMN)
 
 
 def split_grids(x: Tensor) -> list[Tensor]:
@@ -137,7 +137,7 @@ class ES2D(SS2D):
             x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
         # One scan over all grids would need the projections of every pixel for all four, of which it uses one.
         own = zip(*(parameter.split(1) for parameter in self.scan_parameters(x.dtype)), strict=True)
-        routes = zip(split_grids(x), self.x_proj_weight.unbind(), _GRID_ORDERS, own, strict=True)
+        routes = zip(split_grids(x), self.x_proj_weight.unbind(), GRID_ORDERS, own, strict=True)
         scanned = [
             scan2d(
                 grid,
