@@ -19,7 +19,7 @@ from mmvmamba.apis.demo import STAGES
 from mmvmamba.apis.inferencers import Inferencer, inferencer
 from mmvmamba.apis.model_index import index_root, list_models
 from mmvmamba.apis.networks import Network, checked_device, resolve_config
-from mmvmamba.errors import ConfigError, DataError
+from mmvmamba.errors import CheckpointError, ConfigError, DataError
 
 #: Task -> what the page calls it, in the order of the page.
 TASKS = {"det": "Objects", "seg": "Segments", "cls": "Class"}
@@ -144,6 +144,11 @@ class Models:
         """
         key = (request, _signature(request.model), _signature(request.weights))
         if key not in self._loaded:
+            if not request.weights and request.model == str(demo_config(request.task)):
+                raise CheckpointError(
+                    "weights is empty, expected the path of a checkpoint: nobody publishes weights of the demo's "
+                    "models. Train them with `make demo`, or type the path of yours."
+                )
             started = time.perf_counter()
             model = Path(request.model) if Path(request.model).is_file() else request.model
             answers = inferencer(request.task, model, request.weights or None, self.device)

@@ -22,7 +22,8 @@ CSS = """
 #model input, #layer input { padding-right: 28px; text-overflow: ellipsis; }
 .notice { padding: 8px 12px; border-left: 4px solid var(--color-accent); background: var(--block-background-fill);
   color: var(--body-text-color); overflow-wrap: anywhere; }
-.notice.error { border-color: #c62828; font-weight: 600; }
+.notice.error { border-color: #c62828; max-height: 160px; overflow: auto; }
+#table { max-height: 280px; overflow: auto; }
 .answer-table { width: 100%; border-collapse: collapse; border: 0 !important; color: var(--body-text-color); }
 .answer-table tr { border: 0 !important; }
 .answer-table caption { text-align: left; font-weight: 600; padding: 4px 0; }

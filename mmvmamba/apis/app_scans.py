@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmvmamba.analysis.images import enlarged
+from mmvmamba.analysis.images import enlarged, shrunk
 from mmvmamba.analysis.predictions import Image
 from mmvmamba.analysis.scan_maps import ScanLayer, default_layer, overlay, scan_layers, scan_map
 from mmvmamba.apis.app import Answer, Models, enlargement
 from mmvmamba.errors import ConfigError
 
+#: Longest side of a panel, in pixels: the page receives up to five of them at once.
+PANEL_SIDE = 640
 #: Kind of map (see ``mmvmamba.analysis.scan_maps``) -> what the page calls it, in its order.
 KIND_NAMES = {"weight": "whole weight", "decayed": "(Q⊙w)(K/w)ᵀ", "qk": "QKᵀ"}
 #: What each kind is, for the page.
@@ -79,10 +81,14 @@ def scan_view(models: Models, answer: Answer, pixel: tuple[int, int], layer: str
         "value, by square roots."
     )
     several: Sequence[str] = maps.directions if len(maps.directions) > 1 else ()
+
+    def panel(map_: Tensor) -> Image:
+        return shrunk(overlay(shown, map_, spot), PANEL_SIDE)
+
     return ScanView(
         caption=caption,
-        merged=overlay(shown, values.sum(0), spot),
-        directions=tuple((name, overlay(shown, one, spot)) for name, one in zip(several, values, strict=False)),
+        merged=panel(values.sum(0)),
+        directions=tuple((name, panel(one)) for name, one in zip(several, values, strict=False)),
     )
 
 

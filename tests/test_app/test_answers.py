@@ -13,15 +13,17 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 
+from mmengine.registry import MODELS, DefaultScope
+
 from mmvmamba.analysis.predictions import Prediction
 from mmvmamba.analysis.scan_maps import overlay, scan_map
 from mmvmamba.apis import app as behind
-from mmvmamba.apis import inferencer
+from mmvmamba.apis import inferencer, load_config
 from mmvmamba.apis.app import Models, Request, Table, answer, class_table, demo_config, enlargement, first_pixel
 from mmvmamba.apis.app_html import error_html, scan_html, table_html
 from mmvmamba.apis.app_scans import answer_layers, scan_view
 from mmvmamba.errors import CheckpointError, CheckpointMismatch, ConfigError, DataError
-from tests.nano_models import digits_config, nano_checkpoint
+from tests.nano_models import NAMES, digits_config, nano_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_what_is_wrong_is_said(models, scene, tmp_path, demo_dir):
         (good, None, DataError, "there is no picture"),
         (good, broken, DataError, "broken.jpg.*cannot be decoded"),
         (Request("cls", good.model, "/no/such/file.pth"), scene, CheckpointError, "/no/such/file.pth"),
-        (Request("cls", good.model, ""), scene, CheckpointError, "brings no official weights"),
+        (Request("cls", good.model, ""), scene, CheckpointError, "weights is empty.*make demo"),
         (Request("cls", good.model, str(broken)), scene, CheckpointError, "broken.jpg"),
         (Request("cls", good.model, str(demo_dir / "det/det.pth")), scene, CheckpointMismatch, "det.pth"),
         (Request("cls", "vmamba-tinny", good.weights), scene, ConfigError, "vmamba-tinny"),
@@ -164,6 +166,22 @@ def test_scan_maps_are_those_of_the_analysis(models, scene):
     ):
         with pytest.raises(ConfigError, match=words):
             scan_view(models, found, pixel, layer, kind)
+
+
+def test_backbone_without_scans_gives_an_answer_and_says_that_nothing_scans(models, scene, tmp_path):
+    cfg = load_config(str(digits_config("cls")))
+    cfg.model.backbone = dict(type="mmvmamba.MambaOut", arch="nano", out_indices=(3,))
+    cfg.model.head.in_channels = 128
+    cfg.dump(str(tmp_path / "mambaout.py"))
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        network = MODELS.build(cfg.model)
+    meta = {"dataset_meta": {"classes": NAMES["cls"]}}
+    torch.save({"meta": meta, "state_dict": network.state_dict()}, tmp_path / "mambaout.pth")
+    request = Request("cls", str(tmp_path / "mambaout.py"), str(tmp_path / "mambaout.pth"))
+    found = answer(models, request, str(scene), 0.5)
+    assert len(found.table.rows) == 5
+    with pytest.raises(ConfigError, match="MambaOut ran no scan operator"):
+        answer_layers(models, found)
 
 
 class _Texts(HTMLParser):
