@@ -92,6 +92,33 @@ def test_generated_pages_are_those_of_their_sources() -> None:
         assert path.is_file() and path.read_text(encoding="utf-8") == text, f"{path}: run scripts/make_docs.py"
 
 
+def test_pages_that_are_out_of_date_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_docs = script("make_docs")
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api" / "gone.md").write_text("of a part that is no more")
+    (tmp_path / "page.md").write_text("old")
+    monkeypatch.setattr(make_docs, "DOCS", tmp_path)
+    monkeypatch.setattr(make_docs, "ROOT", tmp_path)
+    monkeypatch.setattr(make_docs, "pages", lambda: {tmp_path / "page.md": "new"})
+    monkeypatch.setattr(sys, "argv", ["make_docs.py", "--check"])
+    with pytest.raises(SystemExit, match="page.md, api/gone.md. Run python scripts/make_docs.py"):
+        make_docs.main()
+    assert (tmp_path / "page.md").read_text() == "old"
+    monkeypatch.setattr(sys, "argv", ["make_docs.py"])
+    make_docs.main()
+    assert (tmp_path / "page.md").read_text() == "new" and not (tmp_path / "api" / "gone.md").exists()
+
+
+def test_a_docstring_without_its_table_is_an_error(tmp_path: Path) -> None:
+    make_docs = script("make_docs")
+    source = tmp_path / "module.py"
+    source.write_text('"""Nothing to see."""\n')
+    with pytest.raises(ValueError, match="found no table"):
+        make_docs.docstring_table(source)
+    source.write_text('"""One.\n\n| variable | meaning |\n|---|---|\n| ``A`` | b |\n"""\n')
+    assert make_docs.docstring_table(source) == "| variable | meaning |\n|---|---|\n| `A` | b |"
+
+
 def test_every_environment_variable_is_on_its_page() -> None:
     page = (ROOT / "docs/environment.md").read_text()
     for source in ("mmvmamba/envs.py", "setup.py", "scripts/bootstrap.py"):
