@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import mmvmamba.ops  # noqa: F401  (a program names operators, which must be there before it is read)
 from mmvmamba.deployment.parts import obstacles
+from mmvmamba.deployment.pooling import PoolsOfAnySize
 from mmvmamba.errors import ConfigError, OutputError
 
 Dimension = Literal["batch", "height", "width"]
@@ -74,7 +75,7 @@ def record(module: nn.Module, example: Tensor | None = None, *, dynamic: Sequenc
         example = example.expand(2, -1, -1, -1).contiguous()  # a batch of 1 is taken to be one for ever
     free = {_AXIS[name]: torch.export.Dim.DYNAMIC for name in dynamic}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), PoolsOfAnySize():
             program = torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
     except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
         raise ConfigError(

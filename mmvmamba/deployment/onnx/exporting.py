@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from mmvmamba.deployment.onnx.operators import translations
 from mmvmamba.deployment.onnx.support import unsupported_parts
 from mmvmamba.deployment.onnx.writer import EXTRA, OPSET
+from mmvmamba.deployment.pooling import PoolsOfAnySize
 from mmvmamba.errors import ConfigError, OutputError, nearest_spelling
 from mmvmamba.optional import optional_package
 
@@ -89,7 +90,8 @@ def export_onnx(
         optional_package(package, EXTRA)
     started = time.perf_counter()
     with torch.no_grad(), _quiet():
-        program = _record(module, example, dynamic)
+        with PoolsOfAnySize():
+            program = _record(module, example, dynamic)
         sizes = _free_sizes(program, example, dynamic)
         outputs = tuple(f"output_{i}" for i in range(len(program.graph_signature.user_outputs)))
         written = torch.onnx.export(
