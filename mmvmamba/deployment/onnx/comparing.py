@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def compare_onnx(
         error = _error(run_onnx(session, image), expected)
         times: tuple[float | None, float | None] = (None, None)
         if repeats:
-            times = _times(lambda x=image: module(x), lambda x=image: run_onnx(session, x), repeats)
+            times = _times(partial(module, image), partial(run_onnx, session, image), repeats)
         runs.append(OnnxRun(tuple(image.shape), error, *times))
     return runs
 

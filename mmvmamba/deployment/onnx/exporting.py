@@ -1,13 +1,13 @@
-"""A network to an ONNX file, in three steps.
+"""A network to an ONNX file, in two steps.
 
 1. ``torch.export`` records the network for any size of the dimensions that are to be free. Our operators stay one node
    each.
-2. Those that are a few products or convolutions become PyTorch's own operators (``decompositions.py``).
-3. ``torch.onnx.export`` translates, with loops for the scans (``operators.py``).
+2. ``torch.onnx.export`` translates PyTorch's operators, and ours by the functions of ``operators.py``.
 """
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 import warnings
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mmvmamba.deployment.onnx.decompositions import decompositions
 from mmvmamba.deployment.onnx.operators import translations
 from mmvmamba.deployment.onnx.support import unsupported_parts
 from mmvmamba.deployment.onnx.writer import EXTRA, OPSET
@@ -42,7 +41,9 @@ class OnnxReport:
         path: The file.
         opset: Version of ONNX's operators in it.
         outputs: Name and rank of every output, in order.
-        sizes: For every free dimension the smallest and largest size that the file is good for (None: no bound).
+        sizes: For every free dimension the smallest size for which the recording is known to hold, and None, for there
+            is no largest. Smaller ones may work, where a map that had more rows comes down to one; ``compare_onnx``
+            tells.
         nodes: How many operators the graph has, bodies of loops included.
         megabytes: Size of the file, weights and all.
         seconds: How long it took.
@@ -72,8 +73,8 @@ def export_onnx(
 
     Args:
         module: Takes one image batch, returns tensors; in evaluation mode, in float32, on the CPU.
-        example: An image batch (b, 3, h, w) to record with. Its values and the sizes of free dimensions do not matter,
-            but where a network behaves in another way for small maps, it is the way of this size that is written.
+        example: An image batch (b, 3, h, w) to record with. Its values do not matter, nor the sizes of free
+            dimensions, if no map of the network comes down to one row or column: twice the largest stride.
         path: The file to write, ending in ``.onnx``; one that is there is replaced.
         dynamic: What may have another size later.
         opset: Version of ONNX's operators, 20 or newer.
@@ -89,8 +90,7 @@ def export_onnx(
     started = time.perf_counter()
     with torch.no_grad(), _quiet():
         program = _record(module, example, dynamic)
-        sizes = _free_sizes(program, dynamic)
-        program = program.run_decompositions(decompositions())
+        sizes = _free_sizes(program, example, dynamic)
         outputs = tuple(f"output_{i}" for i in range(len(program.graph_signature.user_outputs)))
         written = torch.onnx.export(
             program,
@@ -116,9 +116,7 @@ def export_onnx(
     )
 
 
-def _checked(
-    module: nn.Module, example: Tensor, path: str | Path, dynamic: Sequence[str], opset: int
-) -> Path:
+def _checked(module: nn.Module, example: Tensor, path: str | Path, dynamic: Sequence[str], opset: int) -> Path:
     """Check all arguments and that the file can be written; return the file."""
     if isinstance(dynamic, str) or [name for name in dynamic if name not in DIMENSIONS]:
         spelling = nearest_spelling(dynamic if isinstance(dynamic, str) else dynamic[0], DIMENSIONS)
@@ -157,8 +155,10 @@ def _record(module: nn.Module, example: Tensor, dynamic: Sequence[str]) -> torch
     return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
 
 
-def _free_sizes(program: torch.export.ExportedProgram, dynamic: Sequence[str]) -> dict[str, tuple[int, int | None]]:
-    """Return the range that recording found for every free dimension, and refuse conditions that are no range."""
+def _free_sizes(
+    program: torch.export.ExportedProgram, example: Tensor, dynamic: Sequence[str]
+) -> dict[str, tuple[int, int | None]]:
+    """Return the lower bounds that recording found for the free dimensions, and refuse upper ones."""
     (name,) = program.graph_signature.user_inputs
     shape = next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
     sizes: dict[str, tuple[int, int | None]] = {}
@@ -169,17 +169,32 @@ def _free_sizes(program: torch.export.ExportedProgram, dynamic: Sequence[str]) -
         bounds = program.range_constraints[symbol]
         # 2 is what recording says of every size that is not 1; the file does not know the difference.
         low = 1 if int(bounds.lower) <= 2 else int(bounds.lower)
-        sizes[dimension] = low, int(bounds.upper) if bounds.upper.is_Integer else None
+        if bounds.upper.is_Integer:
+            size = example.shape[_AXIS[dimension]]
+            raise ConfigError(
+                f"example has {dimension} {size}, at which a map of the network has but one row or column: the "
+                f"file would be good for {low} to {int(bounds.upper)} alone; expected more for a free {dimension}. "
+                f"Use {dimension} {2 * size}, or leave {dimension!r} out of dynamic."
+            )
+        sizes[dimension] = low, None
     return sizes
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep away what PyTorch says about its own use of its own functions."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
+    """Keep away what the exporter says about its own functions and about every node that it cannot simplify."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _write(written: Any, file: Path) -> None:

@@ -1,14 +1,23 @@
-"""Our scan operators in ONNX: routes over the map, step sizes, the recurrence, the sum on the pixels."""
+"""Our operators in ONNX: the table of all, and of the scans the routes, the step sizes and the sum on the pixels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from mmvmamba.deployment.onnx.scans import write_scan
-from mmvmamba.deployment.onnx.writer import Value, Writer
+from mmvmamba.deployment.onnx.products import (
+    write_causal_conv1d,
+    write_depthwise_conv2d,
+    write_ssd_non_causal,
+    write_ssd_read,
+    write_ssd_state,
+)
+from mmvmamba.deployment.onnx.scans import Recurrence, softplus, write_scan
+from mmvmamba.deployment.onnx.writer import Body, Value, Writer
+from mmvmamba.ops.library import TWINS
 from mmvmamba.ops.scan2d import ScanOrder
 
 Translation = Callable[..., Any]
@@ -23,33 +32,66 @@ def translations() -> dict[Any, Translation]:
         MissingPackage: If onnxscript is not installed.
     """
     writer = Writer()
+    table: dict[Any, Translation] = {}
+    for functions, suffixes in ((_scans(writer), TWINS), (_products(writer), TWINS), (_convolutions(writer), ("",))):
+        for function in functions:
+            for suffix in suffixes:
+                table[getattr(torch.ops.mmvmamba, function.__name__ + suffix).default] = function
+    return table
 
+
+# The parameters of these functions are those of the operators' schemas, in order. The exporter takes what is annotated
+# as a Python type for an attribute and the rest for tensors.
+
+
+def _scans(writer: Writer) -> list[Translation]:
     def selective_scan(
-        u, delta, A, B, C, D, delta_bias, delta_softplus: bool, out_dtype: int, save_carries: bool
-    ):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        del out_dtype, save_carries
-        return write_selective_scan(writer, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        u: Value, delta: Value, A: Value, B: Value, C: Value, D: Value, delta_bias: Value, delta_softplus: bool,
+        _out_dtype: int, _save_carries: bool,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        y, last = write_selective_scan(writer, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        return y, last, writer.zeros(0)
 
     def scan2d(
-        x, projections, dt_weight, dt_bias, A, D, orders: Sequence[int], permutation, delta_softplus: bool,
-        out_dtype: int, save_carries: bool,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: ANN001, ANN202
-        del out_dtype, save_carries
+        x: Value, projections: Value, dt_weight: Value, dt_bias: Value, A: Value, D: Value, orders: Sequence[int],
+        permutation: Value, delta_softplus: bool, _out_dtype: int, _save_carries: bool,
+    ) -> tuple[Value, ...]:  # fmt: skip
         routes = Routes(writer, x, list(orders or ()), permutation, dt_weight.shape[0])
         return write_scan2d(writer, x, projections, dt_weight, dt_bias, A, D, routes, delta_softplus), writer.zeros(0)
 
     def ssd(
-        x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus: bool, blocked: bool, out_dtype: int,
-        save_carries: bool,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: ANN001, ANN202
-        del out_dtype, save_carries
-        return write_ssd(writer, x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus, blocked)
+        x: Value, dt: Value, decay: Value, b_in: Value, c_out: Value, skip: Value, dt_bias: Value,
+        initial_state: Value, dt_softplus: bool, blocked: bool, _out_dtype: int, _save_carries: bool,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        y, last = write_ssd(writer, x, dt, decay, b_in, c_out, skip, dt_bias, initial_state, dt_softplus, blocked)
+        return y, last, writer.zeros(0)
 
-    table: dict[Any, Translation] = {}
-    for function in (selective_scan, scan2d, ssd):
-        for suffix in ("", "_triton"):
-            table[getattr(torch.ops.mmvmamba, function.__name__ + suffix).default] = function
-    return table
+    return [selective_scan, scan2d, ssd]
+
+
+def _products(writer: Writer) -> list[Translation]:
+    def ssd_state(x: Value, weight: Value, b_in: Value, blocked: bool) -> Value:
+        return write_ssd_state(writer, x, weight, b_in, blocked)
+
+    def ssd_read(state: Value, c_out: Value, blocked: bool, _out_dtype: int) -> Value:
+        return write_ssd_read(writer, state, c_out, blocked)
+
+    def ssd_non_causal(
+        x: Value, weight: Value, b_in: Value, c_out: Value, skip: Value, blocked: bool, _out_dtype: int
+    ) -> tuple[Value, Value]:
+        return write_ssd_non_causal(writer, x, weight, b_in, c_out, skip, blocked)
+
+    return [ssd_state, ssd_read, ssd_non_causal]
+
+
+def _convolutions(writer: Writer) -> list[Translation]:
+    def causal_conv1d(x: Value, weight: Value, bias: Value, reverse: Sequence[int], activation: int) -> Value:
+        return write_causal_conv1d(writer, x, weight, bias, reverse, activation)
+
+    def depthwise_conv2d(x: Value, weight: Value, bias: Value, activation: int) -> Value:
+        return write_depthwise_conv2d(writer, x, weight, bias, activation)
+
+    return [causal_conv1d, depthwise_conv2d]
 
 
 class Routes:
@@ -89,12 +131,11 @@ class Routes:
         """Sum what the routes leave (b, k, l, c) on the pixels of the map: (b, h, w, c)."""
         if self.permutation is not None:
             return self._scattered(visits)
-        rows, columns = [], []
+        rows: list[Value] = []
+        columns: list[Value] = []
         for i, order in enumerate(self.orders):
             one = self.writer.pick(visits, i, 1)
-            (columns if order in COLUMNS else rows).append(
-                self.writer.flip(one, 1) if order in BACKWARDS else one
-            )
+            (columns if order in COLUMNS else rows).append(self.writer.flip(one, 1) if order in BACKWARDS else one)
         b, h, w = (self._side(i) for i in range(3))
         maps = []
         if rows:
@@ -131,65 +172,81 @@ def write_scan2d(
 ) -> Value:  # fmt: skip
     """Write `mmvmamba.ops.scan2d`; returns the merged map (b, h, w, d)."""
     op = writer.op
-    _, _, rank = dt_weight.shape
-    states = A.shape[2]
-    apart = len(x.shape) == 5
-    per_visit = writer.split(routes.read(projections, True), 3, rank, states, states)
-    features, b_in, c_out = per_visit
-    step = op.MatMul(features, writer.transpose(dt_weight, 0, 2, 1))  # (b, k, l, d)
-    if dt_bias is not None:
-        step = op.Add(step, op.Unsqueeze(dt_bias, writer.integers(1)))
-    step = op.Softplus(step) if delta_softplus else step
+    states, apart = A.shape[2], len(x.shape) == 5
+    features, b_in, c_out = writer.split(routes.read(projections, True), 3, dt_weight.shape[2], states, states)
+    weight = writer.transpose(dt_weight, 0, 2, 1)
+    bias = None if dt_bias is None else op.Unsqueeze(dt_bias, writer.integers(1))  # (k, 1, d)
+    finish = softplus(writer)
+
+    def step(body: Body, value: Value) -> Value:
+        value = body("MatMul", value, weight)
+        value = value if bias is None else body("Add", value, bias)
+        return finish(body, value) if delta_softplus else value
+
     u = routes.read(x, apart)
-    y, _ = write_scan(writer, step, op.Mul(step, u), writer.transpose(A, 0, 2, 1), b_in, c_out, states)
-    if D is not None:
-        y = op.Add(y, op.Mul(u, op.Unsqueeze(D, writer.integers(1))))
-    return routes.merge(y)
+    rate, width = writer.transpose(A, 0, 2, 1), math.prod(A.shape)
+    y, _ = write_scan(writer, Recurrence(features, step, u, rate, b_in, c_out, states, width))
+    if D is None:
+        return routes.merge(y)
+    if apart or routes.permutation is not None:
+        return routes.merge(op.Add(y, op.Mul(u, op.Unsqueeze(D, writer.integers(1)))))
+    # Every route visits every pixel once.
+    return op.Add(routes.merge(y), op.Mul(x, op.ReduceSum(D, writer.integers(0), keepdims=0)))
 
 
 def write_selective_scan(
     writer: Writer, u: Value, delta: Value, A: Value, B: Value, C: Value, D: Value | None, delta_bias: Value | None,
     delta_softplus: bool,
-) -> tuple[Value, Value, Value]:  # fmt: skip
-    """Write `mmvmamba.ops.selective_scan`; returns the output (b, d, l), the last state (b, d, n) and no carries."""
+) -> tuple[Value, Value]:  # fmt: skip
+    """Write `mmvmamba.ops.selective_scan`; returns the output (b, d, l) and the last state (b, d, n)."""
     op = writer.op
-    groups, states = B.shape[1], A.shape[1]
-    channels = A.shape[0]
+    groups, (channels, states) = B.shape[1], A.shape
 
     def by_group(value: Value) -> Value:
         """(b, d, l) -> (b, g, l, d / g)."""
-        split = writer.reshape(value, 0, groups, channels // groups, -1)
-        return writer.transpose(split, 0, 1, 3, 2)
+        return writer.transpose(writer.reshape(value, 0, groups, channels // groups, -1), 0, 1, 3, 2)
 
-    step = delta if delta_bias is None else op.Add(delta, op.Unsqueeze(delta_bias, writer.integers(1)))
-    step = by_group(op.Softplus(step) if delta_softplus else step)
+    if delta_bias is not None:
+        delta = op.Add(delta, op.Unsqueeze(delta_bias, writer.integers(1)))
     rate = writer.transpose(writer.reshape(A, groups, channels // groups, states), 0, 2, 1)
-    projections = (writer.transpose(value, 0, 1, 3, 2) for value in (B, C))
-    y, last = write_scan(writer, step, op.Mul(step, by_group(u)), rate, *projections, states)
+    b_in, c_out = (writer.transpose(value, 0, 1, 3, 2) for value in (B, C))
+    step, padding = _steps(writer, delta_softplus)
+    scan = Recurrence(
+        by_group(delta), step, by_group(u), rate, b_in, c_out, states, math.prod(A.shape), padding=padding
+    )
+    y, last = write_scan(writer, scan)
     y = writer.reshape(writer.transpose(y, 0, 1, 3, 2), 0, channels, -1)
     if D is not None:
         y = op.Add(y, op.Mul(u, op.Unsqueeze(D, writer.integers(1))))
-    last = writer.reshape(writer.transpose(last, 0, 1, 3, 2), 0, channels, states)
-    return y, last, writer.zeros(0)
+    return y, writer.reshape(writer.transpose(last, 0, 1, 3, 2), 0, channels, states)
 
 
 def write_ssd(
     writer: Writer, x: Value, dt: Value, decay: Value, b_in: Value, c_out: Value, skip: Value | None,
     dt_bias: Value | None, initial_state: Value | None, dt_softplus: bool, blocked: bool,
-) -> tuple[Value, Value, Value]:  # fmt: skip
-    """Write `mmvmamba.ops.ssd`; returns the output (b, l, k, p), the last state (b, k, n, p) and no carries."""
+) -> tuple[Value, Value]:  # fmt: skip
+    """Write `mmvmamba.ops.ssd`; returns the output (b, l, k, p) and the last state (b, k, n, p)."""
     op = writer.op
     heads, (groups, states) = x.shape[2], b_in.shape[2:]
     of_head = [head // (heads // groups) if blocked else head % groups for head in range(heads)]
-    step = dt if dt_bias is None else op.Add(dt, dt_bias)
-    step = op.Softplus(step) if dt_softplus else step
-    step = op.Unsqueeze(writer.transpose(step, 0, 2, 1), writer.integers(3))  # (b, k, l, 1)
-    u = writer.transpose(x, 0, 2, 1, 3)  # (b, k, l, p)
+    dt = dt if dt_bias is None else op.Add(dt, dt_bias)
+    features = op.Unsqueeze(writer.transpose(dt, 0, 2, 1), writer.integers(3))  # (b, k, l, 1)
     indices = writer.integers(*of_head)
-    projections = (writer.transpose(op.Gather(value, indices, axis=2), 0, 2, 1, 3) for value in (b_in, c_out))
+    b_in, c_out = (writer.transpose(op.Gather(value, indices, axis=2), 0, 2, 1, 3) for value in (b_in, c_out))
     rate = writer.reshape(decay, heads, 1, 1)
-    y, last = write_scan(writer, step, op.Mul(step, u), rate, *projections, states, initial_state)
+    step, padding = _steps(writer, dt_softplus)
+    u = writer.transpose(x, 0, 2, 1, 3)  # (b, k, l, p)
+    width = heads * states * x.shape[3]
+    scan = Recurrence(features, step, u, rate, b_in, c_out, states, width, initial_state, padding)
+    y, last = write_scan(writer, scan)
     y = writer.transpose(y, 0, 2, 1, 3)
     if skip is not None:
         y = op.Add(y, op.Mul(x, op.Unsqueeze(skip, writer.integers(1))))
-    return y, last, writer.zeros(0)
+    return y, last
+
+
+def _steps(writer: Writer, delta_softplus: bool) -> tuple[Callable[[Body, Value], Value], float]:
+    """Return how step sizes are made of what is given, and what makes a step size of zero."""
+    if delta_softplus:
+        return softplus(writer), float("-inf")
+    return lambda _, value: value, 0.0

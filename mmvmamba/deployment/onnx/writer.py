@@ -78,6 +78,10 @@ class Writer:
         ends = self.integers(-1), self.integers(-(2**63) + 1)
         return self.op.Slice(value, *ends, self.integers(axis), self.integers(-1))
 
+    def static_shape(self, *sizes: int | None) -> Any:
+        """Return a shape to be noted at a value; None for a size that is not known."""
+        return self._ir.Shape(sizes)
+
     def zeros(self, *shape: int | Value) -> Value:
         """Return float32 zeros; sizes as in `reshape`, without -1 and 0."""
         return self.op.ConstantOfShape(self._shape(shape))
@@ -113,12 +117,8 @@ class Writer:
         inputs = [body.value() for _ in (*states, *streams)]
         outputs = list(step(body, inputs[: len(states)], inputs[len(states) :]))
         graph = self._ir.Graph(inputs, outputs, nodes=body.nodes, name=body.name)
-        attributes = {
-            "body": graph,
-            "num_scan_inputs": len(streams),
-            "scan_input_axes": [axis] * len(streams),
-            "scan_output_axes": [axis] * (len(outputs) - len(states)),
-        }
+        axes = {"scan_input_axes": [axis] * len(streams), "scan_output_axes": [axis] * (len(outputs) - len(states))}
+        attributes = {"body": graph, "num_scan_inputs": len(streams)} | {k: v for k, v in axes.items() if v}
         return list(self._node("Scan", [*states, *streams], attributes, len(outputs)))
 
     def _shape(self, sizes: Sequence[int | Value]) -> Value:
@@ -147,11 +147,14 @@ class Body:
 
     def value(self) -> Value:
         """Return a new float32 value."""
-        self._values += 1
-        return self._ir.Value(name=f"{self.name}_{self._values}", type=self._ir.TensorType(self._ir.DataType.FLOAT))
+        return self._named(self._ir.DataType.FLOAT)
 
     def __call__(self, kind: str, *inputs: Value, **attributes: Any) -> Value:
         """Write a node with one output and return that."""
-        out = self.value()
+        out = self._named(self._ir.DataType.BOOL) if kind == "Equal" else self.value()
         self.nodes.append(self._ir.node(kind, list(inputs), attributes, outputs=[out]))
         return out
+
+    def _named(self, dtype: Any) -> Value:
+        self._values += 1
+        return self._ir.Value(name=f"{self.name}_{self._values}", type=self._ir.TensorType(dtype))
