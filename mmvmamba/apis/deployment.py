@@ -151,6 +151,8 @@ def export_network(
         progress("rounding the linear maps to 8 bits")
         quantised = quantise_linears(module)
         module, layers = quantised.module, len(quantised.layers)
+    description = file.with_suffix(file.suffix + ".json")
+    description.unlink(missing_ok=True)  # one of an earlier export must not vouch for a file that fails the comparison
     sizes, shape = _write(module, request, file, progress)
     seconds = time.perf_counter() - started
     progress(f"comparing with PyTorch at {request.images} random sizes")
@@ -159,7 +161,7 @@ def export_network(
     require_equal(runs, _FINITE if request.int8 else request.tolerance)
     export = Export(
         file=file,
-        description=file.with_suffix(file.suffix + ".json"),
+        description=description,
         sizes=sizes,
         runs=tuple(runs),
         seconds=seconds,
@@ -280,7 +282,7 @@ def load_exported(path: str | Path) -> Exported:
                 for name, (low, high) in content["input"]["free"].items()}  # fmt: skip
         part, task, shape = content["part"], content["task"], tuple(content["input"]["shape"])
         kind, made_by = content["format"], content["torch"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{str(description)!r} cannot be read ({error}), expected what export.py writes beside {file.name!r}. Keep "
             "the two together, or export again."

@@ -2,7 +2,7 @@
 
 Weights are rounded once, with a scale for every output channel, activations when they come, with a scale for every
 pixel. Everything else stays as it is: the scans, whose states and step sizes would lose what they remember,
-convolutions, norms, and the projections that are parameters of a scan and no linear layers.
+convolutions, norms, and the projections to step sizes, whose weights the scans take as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mmvmamba.errors import ConfigError
+from mmvmamba.models.layers.linear import StepProjection
 from mmvmamba.optional import optional_package
 
 EXTRA = "export"
@@ -51,7 +52,11 @@ def quantise_linears(module: nn.Module) -> Quantised:
         raise ConfigError(
             f"{type(module).__name__} is in training mode, expected evaluation mode. Call module.eval() first."
         )
-    layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    layers = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and not isinstance(part, StepProjection)
+    }
     if not layers:
         raise ConfigError(
             f"{type(module).__name__} has no linear layer, expected one to quantise. Export it without --int8."

@@ -8,7 +8,8 @@ from mmvmamba.deployment.checks import compare
 from mmvmamba.deployment.programs import load_program, record, save_program
 from mmvmamba.deployment.quantise import quantise_linears
 from mmvmamba.errors import ConfigError
-from mmvmamba.models import VMamba
+from mmvmamba.models import FAMILIES, VMamba
+from mmvmamba.models.layers import StepProjection
 
 pytest.importorskip("torchao")
 
@@ -65,6 +66,24 @@ def test_a_backbone(tmp_path):
         assert 1e-4 < run.error < 0.1
     for run in compare(quantised.module, load_program(file), images):
         assert run.error < 0.02  # a last bit before rounding can become the first one behind it
+
+
+#: Families of 1x1 convolutions.
+WITHOUT = {"mobilemamba", "efficientvim"}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITHOUT])
+@torch.no_grad()
+def test_every_family_runs_in_eight_bits(family):
+    """Some scans take the weight of a linear layer that is never called, which must stay a plain tensor."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]("nano").eval()
+    quantised = quantise_linears(model)
+    steps = {name for name, part in model.named_modules() if isinstance(part, StepProjection)}
+    assert bool(steps) == (family in {"vim", "shufflemamba", "plainmamba"})
+    assert not steps & set(quantised.layers)
+    (run, *_) = compare(model, quantised.module, [torch.randn(1, 3, 64, 96)])
+    assert 1e-6 < run.error < 0.1
 
 
 def test_bad_input():

@@ -26,6 +26,7 @@ from mmvmamba.models.layers import (
     DropPath,
     LayerNorm,
     Linear,
+    StepProjection,
     check_choice,
     convolve_depthwise,
     drop_path_schedule,
@@ -190,7 +191,7 @@ class SnakeMixer(nn.Module):
         )
         self.act = nn.SiLU()
         self.x_proj = Linear(inner, rank + 2 * arch.d_state, bias=False)
-        self.dt_proj = Linear(rank, inner)
+        self.dt_proj = StepProjection(rank, inner)
         self.out_proj = Linear(inner, arch.dim, bias=arch.bias)
         nn.init.trunc_normal_(self.direction_Bs, std=0.02)
         steps = (self.dt_proj.weight, self.dt_proj.bias)

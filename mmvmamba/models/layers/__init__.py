@@ -6,7 +6,7 @@ from mmvmamba.models.layers.conv import ChannelsLastConv2d
 from mmvmamba.models.layers.conv_bn import ConvBN, ConvMlp, ResidualDepthwise
 from mmvmamba.models.layers.depthwise import convolve_depthwise
 from mmvmamba.models.layers.drop_path import DropPath, drop_path_schedule
-from mmvmamba.models.layers.linear import Linear
+from mmvmamba.models.layers.linear import Linear, StepProjection
 from mmvmamba.models.layers.mlp import GatedMlp, Mlp
 from mmvmamba.models.layers.mobile import MobileMerging, MobileStem, ReluSqueezeExcite
 from mmvmamba.models.layers.norm import NORMS, BatchNorm, LayerNorm, build_norm
@@ -37,6 +37,7 @@ __all__ = [
     "ReluSqueezeExcite",
     "ResidualDepthwise",
     "SqueezeExcite",
+    "StepProjection",
     "build_activation",
     "build_downsample",
     "build_norm",

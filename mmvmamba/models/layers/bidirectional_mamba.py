@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmvmamba.errors import ConfigError
-from mmvmamba.models.layers.linear import Linear
+from mmvmamba.models.layers.linear import Linear, StepProjection
 from mmvmamba.models.layers.observers import is_unobserved
 from mmvmamba.models.layers.onednn import is_traced, linear
 from mmvmamba.models.layers.ssm_init import init_dt_bias_
@@ -69,10 +69,10 @@ class BidirectionalMamba(nn.Module):
         self.in_proj = Linear(channels, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, conv_kernel, groups=inner, padding=conv_kernel - 1)
         self.x_proj = Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = Linear(rank, inner)
+        self.dt_proj = StepProjection(rank, inner)
         self.conv1d_b = nn.Conv1d(inner, inner, conv_kernel, groups=inner, padding=conv_kernel - 1)
         self.x_proj_b = Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj_b = Linear(rank, inner)
+        self.dt_proj_b = StepProjection(rank, inner)
         self.out_proj = Linear(inner, channels, bias=False)
         self._init_weights()
 

@@ -33,3 +33,10 @@ class Linear(nn.Linear):
         if weight is not None and weight.ndim == 4 and weight.shape[2:] == (1, 1):
             state_dict[key] = weight.flatten(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class StepProjection(Linear):
+    """The projection to the step sizes of a scan, which takes its weight and bias: the layer itself is not called.
+
+    So what a quantiser does to a linear layer, it must not do to this one.
+    """
