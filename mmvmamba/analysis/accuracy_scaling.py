@@ -131,6 +131,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     """
     from mmvmamba.analysis.outputs import new_figure
 
+    of_squares = {label for _, label, _ in SHOWN["mmpretrain"]}
     labels = list(dict.fromkeys(row["label"] for row in rows))
     figure, axes = new_figure(len(labels), 1, width=4.4, height=3.6)
     for axis, label in zip(axes[0], labels, strict=True):
@@ -138,7 +139,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
         for model in dict.fromkeys(row["model"] for row in here):
             line = [row for row in here if row["model"] == model]
             axis.plot([row["size"] for row in line], [row["value"] for row in line], marker="o", label=model)
-        axis.set_xlabel("side of the squares, pixels" if "top-1" in label else "shorter side, pixels")
+        axis.set_xlabel("side of the squares, pixels" if label in of_squares else "shorter side, pixels")
         axis.set_title(label, fontsize=10)
         axis.set_xticks(sorted({row["size"] for row in here}))
         axis.tick_params(axis="x", labelsize=8)

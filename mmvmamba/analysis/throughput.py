@@ -2,8 +2,9 @@
 
 All models take turns in one process, so that what disturbs the machine disturbs all of them. Precision other than
 float32 is autocast's, for every model alike. A training step is forward, mean-square distance to random maps, backward
-and AdamW with a learning rate of 0, which does all its work and leaves the weights as they are. The memory that such a
-step adds has the gradients in it, but not AdamW's two moments: they stay from step to step, twice the trained weights.
+and AdamW with a learning rate of 0, which does all its work and leaves the weights as they are; running statistics of
+batch norms move. The memory that such a step adds has the gradients in it, but not AdamW's two moments: they stay from
+step to step, twice the trained weights.
 """
 
 from __future__ import annotations

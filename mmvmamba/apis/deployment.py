@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mmvmamba.analysis.outputs import write_json
 from mmvmamba.apis.networks import Network
@@ -305,7 +306,8 @@ class _InPlace(nn.Module):
         self._exported = exported
 
     def forward(self, image: Tensor) -> Any:
-        result = self._exported.run(image)
+        # Exports are made for the CPU; what the part does not contain may be on a GPU.
+        result = tree_map_only(Tensor, lambda value: value.to(image.device), self._exported.run(image.cpu()))
         return tuple(result) if isinstance(result, list) else result
 
 

@@ -70,6 +70,8 @@ def compile_package(recorded: Recorded, path: str | Path) -> float:
             torch._inductor.aoti_compile_and_package(
                 recorded.program, package_path=str(file), inductor_configs=_SETTINGS
             )
+        if TorchVersion(torch.__version__) < _TYPES_MENDED_IN:
+            _mend_types(file)
     except OSError as error:
         raise OutputError(
             f"{str(file)!r} cannot be written ({error.strerror or error}), expected room and the right to. Choose "
@@ -79,8 +81,6 @@ def compile_package(recorded: Recorded, path: str | Path) -> float:
         raise ConfigError(
             f"AOTInductor cannot compile this network: {' '.join(str(error).split())[:400]}. Use another format."
         ) from error
-    if TorchVersion(torch.__version__) < _TYPES_MENDED_IN:
-        _mend_types(file)
     return time.perf_counter() - started
 
 
