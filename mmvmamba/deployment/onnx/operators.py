@@ -18,6 +18,7 @@ from mmvmamba.deployment.onnx.products import (
 )
 from mmvmamba.deployment.onnx.scans import Recurrence, softplus, write_scan
 from mmvmamba.deployment.onnx.writer import Body, Value, Writer
+from mmvmamba.errors import ConfigError
 from mmvmamba.ops.library import TWINS
 from mmvmamba.ops.scan2d import ScanOrder
 
@@ -99,8 +100,13 @@ def _convolutions(writer: Writer) -> list[Translation]:
 def _bags(writer: Writer) -> Translation:
     def embedding_bag(
         table: Value, indices: Value, offsets: Value, _scale_grad: bool = False, mode: int = 0, _sparse: bool = False,
-        weights: Value = None, _last: bool = False, _padding: int = -1,
+        weights: Value = None, last: bool = False, padding: int = -1,
     ) -> tuple[Value, ...]:  # fmt: skip
+        if last or (padding is not None and padding >= 0):
+            raise ConfigError(
+                f"an embedding_bag has include_last_offset {last} and padding_idx {padding}, expected neither. Export "
+                "another part of the network."
+            )
         nothing = writer.zeros(0)
         return write_embedding_bag(writer, table, indices, offsets, mode, weights), nothing, nothing, nothing
 

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from mmvmamba import ops
-from mmvmamba.deployment.onnx.exporting import _quiet
+from mmvmamba.deployment.onnx.exporting import _quiet, _shortened
 from mmvmamba.deployment.onnx.operators import translations
 from mmvmamba.models.layers.deformable_aggregation import deformable_aggregation
 from mmvmamba.ops import BIDIRECTIONAL_SCAN, CROSS_SCAN
@@ -208,6 +209,30 @@ def test_convolutions(tmp_path):
         )
 
     check(Call(both, ("x",)), make, [MAP], SIZES[:-1], tmp_path)
+
+
+def bags(**options):
+    def sums(indices, weights, table):
+        return F.embedding_bag(indices, table, per_sample_weights=weights, mode="sum", **options)
+
+    return Call(sums, ("indices", "weights", "table"))
+
+
+def test_weighted_sums_of_rows(tmp_path):
+    """What HRVMamba's deformable aggregation is made of."""
+
+    def make(rows, count):
+        torch.manual_seed(rows)
+        return [torch.randint(rows, (count, 5)), random(count, 5), random(rows, 3)]
+
+    check(bags(), make, [(0,), (0,), (0,)], [(6, 4), (1, 2), (50, 7)], tmp_path)
+
+
+def test_bags_that_leave_rows_out_are_refused(tmp_path):
+    tensors = [torch.randint(6, (4, 5)), random(4, 5), random(6, 3)]
+    with pytest.raises(torch.onnx.OnnxExporterError) as found:
+        session(bags(padding_idx=2), tensors, [(0,), (0,), ()], tmp_path)
+    assert "padding_idx 2, expected neither" in _shortened(found.value)
 
 
 @pytest.mark.parametrize("n", [1, 4])
