@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,8 @@ def with_matrix_pools(module: nn.Module) -> nn.Module:
     for part in list(copied.modules()):
         for name, child in list(part.named_children()):
             if type(child) is nn.AdaptiveAvgPool2d:
-                size = child.output_size
-                rows, columns = (size, size) if isinstance(size, int) else size
+                size: Any = child.output_size
+                rows, columns = size if isinstance(size, tuple) else (size, size)
                 if rows is not None and columns is not None and (rows, columns) != (1, 1):
                     setattr(part, name, MatrixPool(rows, columns).train(child.training))
     return copied
