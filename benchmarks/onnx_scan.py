@@ -53,9 +53,7 @@ def arguments(side: int, states: int, batch: int = 1) -> list[Tensor]:
 def session(states: int, threads: int) -> Any:
     """Return the operator in onnxruntime, for any size of map."""
     free = dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
-    program = torch.export.export(
-        Scan(), tuple(arguments(5, states, 2)), dynamic_shapes=((free, free, *[None] * 4),), strict=False
-    )
+    program = torch.export.export(Scan(), tuple(arguments(5, states, 2)), dynamic_shapes=((free, free, *[None] * 4),))
     written = torch.onnx.export(program, custom_translation_table=translations(), verbose=False)
     onnxruntime = optional_package("onnxruntime", "export")
     options = onnxruntime.SessionOptions()

@@ -145,7 +145,7 @@ def _record(module: nn.Module, example: Tensor, dynamic: Sequence[str]) -> torch
         # What is 1 while recording is taken to be 1 for ever.
         example = example.expand(2, -1, -1, -1).contiguous()
     try:
-        return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
+        return torch.export.export(module, (example,), dynamic_shapes=(free,))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"{type(module).__name__} cannot be recorded for free {', '.join(dynamic) or 'nothing'}: "
