@@ -86,6 +86,15 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path, small_digits: Path, m
     assert "expected one of GradCAM" in failure(monkeypatch, "cam", CLS, *good, "--method", "Grad")
 
 
+@pytest.mark.parametrize("tool", ["erf", "cam"])
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_no_images_are_no_number_of_images(tool: str, limit: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", CLS, "--limit", limit])
+    with pytest.raises(SystemExit, match="2"):
+        script(f"tools/analysis_tools/{tool}.py").parse_args()
+    assert f"{limit} images, expected at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_help_names_every_option(tool: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", "--help"])
