@@ -191,7 +191,7 @@ class Models:
         else:
             return
         raise ConfigError(
-            f"model is {request.model!r}, {why}, expected a model of the list: a config is Python, which would run here. "
+            f"model is {request.model!r}, {why}, expected a model of the list: a config is Python that would run here. "
             "Choose a model of the list, or serve the page to yourself alone and name a config of yours."
         )
 
