@@ -175,7 +175,6 @@ class Models:
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
-
     def _check_config(self, request: Request) -> None:
         """Refuse a config file that somebody else than the owner of this process may have written."""
         if not is_file(request.model) or request.model in self.names(request.task):
