@@ -74,6 +74,7 @@ def test_mistakes_end_with_one_line(tool: str, tmp_path: Path, small_digits: Pat
 
 def test_what_cannot_be_looked_at_is_named(tmp_path: Path, small_digits: Path, monkeypatch) -> None:
     good = ["--images", str(small_digits / "images/val"), "--out-dir", str(tmp_path), "--shape", "64", "64"]
+    assert "Add --no-animation" in failure(monkeypatch, "scan_routes", "--cells", "17", "--out-dir", str(tmp_path))
     assert "inside 64 x 64" in failure(monkeypatch, "scan_maps", CLS, *good, "--pixel", "64", "0")
     found = failure(monkeypatch, "scan_maps", CLS, *good, "--layer", "layers.0.blocks.0")
     assert "Did you mean 'layers.0.blocks.0.op'" in found
