@@ -50,7 +50,7 @@ def main() -> None:
     args = parse_args()
     if args.cells > MOST_ANIMATED and not args.no_animation:
         raise ConfigError(
-            f"--cells is {args.cells}, expected at most {MOST_ANIMATED} with an animation, which has a picture for every "
+            f"--cells is {args.cells}, expected at most {MOST_ANIMATED} with an animation, which has a picture per "
             "cell. Add --no-animation."
         )
     folder = output_folder(args.out_dir)
