@@ -8,6 +8,7 @@ the scans of the backbone look from a pixel. It offers the models of ``make demo
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from mmvmamba.apis import run_command
@@ -39,6 +40,9 @@ def main() -> None:
     warning = warning_for(args.host)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
+
+    # As Ctrl-C, so that uploads in the temporary folder do not outlive the page.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def started(address: str) -> None:
         print(f"The page is at {address}\nCtrl-C ends it.", flush=True)

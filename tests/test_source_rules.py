@@ -45,6 +45,7 @@ EXCUSED: dict[str, dict[str, str]] = {
     },
     "running text": {
         "tests/test_readme.py": "runs the examples of the README",
+        "tests/test_docs/page.py": "runs the examples of the documents, and asks modules for their --help",
         "tests/test_engine/training_server.py": "runs tools/train.py in processes that need not import PyTorch anew",
         "tests/test_tools/hostile_runs.py": "runs the tools in processes that need not import PyTorch anew",
         "tests/test_public_api.py": "imports modules by name",

@@ -145,5 +145,5 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.set_ylim(0, 1.08 * max(1.0, *(row["value"] for row in here)))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.suptitle("Accuracy at other sizes than that of the training, without finetuning", fontsize=10)
+    figure.suptitle("Accuracy at other sizes, without finetuning", fontsize=10)
     return figure

@@ -11,7 +11,7 @@ from mmvmamba.datasets import write_digits
 from mmvmamba.optional import optional_package
 
 DEFAULT_DATA = Path("data/digits-quick")
-"""What ``demo/digits.py --quick`` makes, too."""
+"""What ``make demo QUICK=1`` makes, too."""
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, *, shape: tuple[int, int], limit: int | None) -> None:

@@ -21,6 +21,7 @@ from mmvmamba.apis.networks import Network
 from mmvmamba.deployment.aotinductor import check_compiler, compile_package, load_package
 from mmvmamba.deployment.checks import TOLERANCE, Run, compare, random_images, require_equal
 from mmvmamba.deployment.parts import PARTS, Part, part_of
+from mmvmamba.deployment.pooling import with_matrix_pools
 from mmvmamba.deployment.programs import (
     DIMENSIONS,
     EXAMPLE_SIDES,
@@ -179,7 +180,7 @@ def _write(
     if request.format == "onnx":
         from mmvmamba.deployment.onnx import export_onnx
 
-        report = export_onnx(module, example, file, dynamic=request.dynamic)
+        report = export_onnx(with_matrix_pools(module), example, file, dynamic=request.dynamic)
         return report.sizes, tuple(example.shape)
     recorded = record(module, example, dynamic=request.dynamic)
     if request.format == "torch":

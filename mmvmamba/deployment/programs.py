@@ -75,7 +75,7 @@ def record(module: nn.Module, example: Tensor | None = None, *, dynamic: Sequenc
     free = {_AXIS[name]: torch.export.Dim.DYNAMIC for name in dynamic}
     try:
         with torch.no_grad():
-            program = torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
+            program = torch.export.export(module, (example,), dynamic_shapes=(free,))
     except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
         raise ConfigError(
             f"{type(module).__name__} cannot be exported for free {', '.join(dynamic) or 'nothing'}: "

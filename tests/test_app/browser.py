@@ -40,14 +40,15 @@ def served(demo_dir: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     record, log = folder / "reached.txt", folder / "server.log"
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("server.py")), str(record)]
     command += ["--demo-dir", str(demo_dir), "--port", "0", "--device", "cpu"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     with log.open("w") as sink:
         process = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, env=env)
     try:
         yield _address(process, log), record
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
+    assert not list(folder.glob("mmvmamba-app-*")), "uploads outlive the page"
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:

@@ -1,7 +1,7 @@
 """Export a network for other programs: ``python tools/deployment/export.py MODEL --weights FILE --format onnx``.
 
 Written are the file and, beside it, a JSON file with what it takes (sizes, mean, standard deviation, order of colours),
-what it gives and how it compared with PyTorch at random image sizes. docs/deploy.md shows how to load it.
+what it gives and how it compared with PyTorch at random image sizes. docs/tutorials/deploy.md shows how to load it.
 """
 
 from __future__ import annotations

@@ -92,17 +92,7 @@ def export_onnx(
         program = _record(module, example, dynamic)
         sizes = _free_sizes(program, example, dynamic)
         outputs = tuple(f"output_{i}" for i in range(len(program.graph_signature.user_outputs)))
-        written = torch.onnx.export(
-            program,
-            dynamo=True,
-            custom_translation_table=translations(),
-            opset_version=opset,
-            input_names=["image"],
-            output_names=list(outputs),
-            verbose=False,
-        )
-        if written is None:
-            raise ConfigError("torch.onnx.export returned no program, expected one. Use the pinned PyTorch.")
+        written = _translate(program, opset, outputs)
         _write(written, file)
     ranks = [len(value.shape or ()) for value in written.model.graph.outputs]
     return OnnxReport(
@@ -152,7 +142,38 @@ def _record(module: nn.Module, example: Tensor, dynamic: Sequence[str]) -> torch
     if "batch" in dynamic and len(example) == 1:
         # What is 1 while recording is taken to be 1 for ever.
         example = example.expand(2, -1, -1, -1).contiguous()
-    return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=(free,))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"{type(module).__name__} cannot be recorded for free {', '.join(dynamic) or 'nothing'}: "
+            f"{_shortened(error)}. Leave fewer dimensions free, or export another part."
+        ) from error
+
+
+def _translate(program: torch.export.ExportedProgram, opset: int, outputs: Sequence[str]) -> Any:
+    try:
+        return torch.onnx.export(
+            program,
+            dynamo=True,
+            custom_translation_table=translations(),
+            opset_version=opset,
+            input_names=["image"],
+            output_names=list(outputs),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ConfigError(
+            f"the network cannot be written as ONNX: {_shortened(error)}. Expected operators that PyTorch's exporter "
+            "or this package translates. Export a part without it, or use another format."
+        ) from error
+
+
+def _shortened(error: BaseException) -> str:
+    """Return the reason that an error of PyTorch begins or, where there are causes, ends with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:400]
 
 
 def _free_sizes(

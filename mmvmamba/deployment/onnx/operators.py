@@ -11,6 +11,7 @@ import torch
 from mmvmamba.deployment.onnx.products import (
     write_causal_conv1d,
     write_depthwise_conv2d,
+    write_embedding_bag,
     write_ssd_non_causal,
     write_ssd_read,
     write_ssd_state,
@@ -37,6 +38,7 @@ def translations() -> dict[Any, Translation]:
         for function in functions:
             for suffix in suffixes:
                 table[getattr(torch.ops.mmvmamba, function.__name__ + suffix).default] = function
+    table[torch.ops.aten.embedding_bag.padding_idx] = _bags(writer)
     return table
 
 
@@ -92,6 +94,17 @@ def _convolutions(writer: Writer) -> list[Translation]:
         return write_depthwise_conv2d(writer, x, weight, bias, activation)
 
     return [causal_conv1d, depthwise_conv2d]
+
+
+def _bags(writer: Writer) -> Translation:
+    def embedding_bag(
+        table: Value, indices: Value, offsets: Value, _scale_grad: bool = False, mode: int = 0, _sparse: bool = False,
+        weights: Value = None, _last: bool = False, _padding: int = -1,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        nothing = writer.zeros(0)
+        return write_embedding_bag(writer, table, indices, offsets, mode, weights), nothing, nothing, nothing
+
+    return embedding_bag
 
 
 class Routes:

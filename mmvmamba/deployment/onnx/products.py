@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmvmamba.deployment.onnx.writer import Value, Writer
+from mmvmamba.errors import ConfigError
 from mmvmamba.ops.depthwise_conv.reference import ACTIVATIONS
 
 
@@ -83,6 +84,29 @@ def write_depthwise_conv2d(writer: Writer, x: Value, weight: Value, bias: Value 
     pads = [rows // 2, columns // 2] * 2
     out = writer.op.Conv(writer.transpose(x, 0, 3, 1, 2), weight, *biases, group=channels, pads=pads)
     return _activated(writer, writer.transpose(out, 0, 2, 3, 1), activation)
+
+
+def write_embedding_bag(
+    writer: Writer, table: Value, indices: Value, offsets: Value, mode: int, weights: Value | None
+) -> Value:
+    """Write PyTorch's weighted sums of rows (m c) of a table, of which HRVMamba's deformable aggregation is made.
+
+    The exporter's own translation is a loop over the sums, of which there are as many as pixels.
+
+    Raises:
+        ConfigError: If they are not sums of equally many rows.
+    """
+    op = writer.op
+    start = offsets.producer()
+    if mode != 0 or weights is None or start is None or start.op_type != "Range":
+        raise ConfigError(
+            "an embedding_bag has another mode, no weights or bags of other sizes, expected weighted sums of equally "
+            "many rows. Export another part of the network."
+        )
+    rows = op.Mul(op.Gather(table, indices, axis=0), op.Unsqueeze(weights, writer.integers(1)))
+    channels = writer.sizes(table, 1, 2)
+    bags = writer.sizes(offsets, 0, 1)
+    return op.ReduceSum(writer.reshape(rows, bags, -1, channels), writer.integers(1), keepdims=0)
 
 
 def _activated(writer: Writer, value: Value, activation: int) -> Value:

@@ -117,12 +117,8 @@ class Writer:
         inputs = [body.value() for _ in (*states, *streams)]
         outputs = list(step(body, inputs[: len(states)], inputs[len(states) :]))
         graph = self._ir.Graph(inputs, outputs, nodes=body.nodes, name=body.name)
-        attributes = {
-            "body": graph,
-            "num_scan_inputs": len(streams),
-            "scan_input_axes": [axis] * len(streams),
-            "scan_output_axes": [axis] * (len(outputs) - len(states)),
-        }
+        axes = {"scan_input_axes": [axis] * len(streams), "scan_output_axes": [axis] * (len(outputs) - len(states))}
+        attributes = {"body": graph, "num_scan_inputs": len(streams)} | {k: v for k, v in axes.items() if v}
         return list(self._node("Scan", [*states, *streams], attributes, len(outputs)))
 
     def _shape(self, sizes: Sequence[int | Value]) -> Value:

@@ -1,7 +1,5 @@
 """Whole networks: every family at sizes the export did not know, refusals, and what the report says."""
 
-import random
-
 import pytest
 import torch
 from torch import nn
@@ -24,11 +22,9 @@ def small(**options):
 
 
 def images(count, smallest=40, largest=160, seed=0):
-    pick = random.Random(seed)
     torch.manual_seed(seed)
-    sizes = [(pick.choice((1, 2)), 3, pick.randint(smallest, largest), pick.randint(smallest, largest))
-             for _ in range(count)]  # fmt: skip
-    return [torch.randn(size) for size in sizes]
+    sides = torch.randint(smallest, largest + 1, (count, 2)).tolist()
+    return [torch.randn(1 + i % 2, 3, *size) for i, size in enumerate(sides)]
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +81,17 @@ def test_other_scans(option, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    # Its branches of four resolutions make sizes that take PyTorch two minutes to reason about.
+    [pytest.param(family, marks=pytest.mark.soak) if family == "hrvmamba" else family for family in FAMILIES],
+)
 def test_every_family_agrees_at_twenty_sizes(family, tmp_path):
     torch.manual_seed(0)
     model = FAMILIES[family]("nano").eval()
     report = export_onnx(model, torch.randn(1, 3, 160, 192), tmp_path / f"{family}.onnx")
-    low = max(report.sizes["height"][0], report.sizes["width"][0])
-    assert low <= 70
-    runs = compare_onnx(model, report.path, images(20, smallest=low, largest=200))
+    # Also below the smallest size of the report, which is what PyTorch could prove (129 for MobileMamba).
+    runs = compare_onnx(model, report.path, images(20, smallest=70, largest=200))
     assert max(run.error for run in runs) < BOUND
 
 
@@ -171,3 +170,23 @@ def test_a_file_that_is_none(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"no network")
     with pytest.raises(ConfigError, match="cannot be read by onnxruntime"):
         open_onnx(tmp_path / "m.onnx")
+
+
+class Foreign(nn.Module):
+    """Has an operator that ONNX lacks, or a decision that depends on values."""
+
+    def __init__(self, decides):
+        super().__init__()
+        self.decides = decides
+
+    def forward(self, image):
+        if self.decides:
+            return image if image.sum() > 0 else -image
+        return torch.linalg.qr(image).Q
+
+
+@pytest.mark.parametrize(("decides", "message"), [(True, "cannot be recorded"), (False, "linalg_qr")])
+def test_networks_that_are_no_graph_of_known_operators(decides, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        export_onnx(Foreign(decides).eval(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", dynamic=())
+    assert not (tmp_path / "m.onnx").exists()
