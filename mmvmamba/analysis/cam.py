@@ -19,7 +19,7 @@ from mmvmamba.analysis.class_scores import ClassScores, class_scores
 from mmvmamba.analysis.outputs import new_figure, save_figure
 from mmvmamba.analysis.scan_maps import overlay
 from mmvmamba.errors import ConfigError
-from mmvmamba.models.backbones.base import Block
+from mmvmamba.models.backbones.base import BaseBackbone, Block
 from mmvmamba.models.layers.tokens import TokenLayout, only_patches
 from mmvmamba.optional import optional_package
 
@@ -59,7 +59,7 @@ class AsMap:
     """The ``reshape_transform`` of a layer: its output as (b, c, h, w).
 
     Blocks of this project give channels-last maps (b, h, w, c) or tokens (b, l, c), of which those that are no patches
-    are left out. Other layers must give (b, c, h, w).
+    are left out. Layers of other projects must give (b, c, h, w).
 
     Args:
         name: Of the layer, for messages.
@@ -107,7 +107,7 @@ def activation_maps(
         methods: Out of ``METHODS``.
         label: Number of the class; None for what the network is surest of, see ``ClassScores.fix``.
         stage: Which of the backbone's maps to look at, if no layer is named.
-        layer: A module of the backbone by its name.
+        layer: A module of the backbone by its name; of the backbones of this project, one of its blocks.
 
     Raises:
         ConfigError: If a method, label, stage or layer is impossible.
@@ -184,6 +184,12 @@ def _named_layer(backbone: nn.Module, name: str) -> tuple[nn.Module, Any, list[A
         raise ConfigError(
             f"layer is {name!r}, expected a module of {type(backbone).__name__}. Choose one of "
             f"{', '.join(map(repr, blocks))}."
+        )
+    if isinstance(backbone, BaseBackbone) and not isinstance(named[name], Block):
+        # Inside of ours maps have their channels last, and a map of the wrong axes looks like any other.
+        raise ConfigError(
+            f"layer is {name!r}, a {type(named[name]).__name__}, expected a block of {type(backbone).__name__}. Choose "
+            f"one of {', '.join(repr(key) for key, module in named.items() if isinstance(module, Block))}."
         )
     transform = AsMap(name, named[name])
     return named[name], transform, [transform.handle]

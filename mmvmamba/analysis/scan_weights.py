@@ -5,8 +5,8 @@ A selective scan ``h_t = exp(delta_t A) h_(t-1) + delta_t B_t x_t``, ``y_t = <C_
     y_t = sum over s <= t of  W_ts x_s
     W_ts = sum over n of  C_tn exp(A_n (delta_(s+1) + ... + delta_t)) B_sn delta_s
 
-and the skip D x_t is added beside it. In the words of the VMamba paper (arXiv 2401.10166, section 4.3) with Q = C,
-K = B and V = delta x, the product of the decays is w_t / w_s, so that the sum without the last factor is
+and the skip D x_t is added beside it. In the words of the VMamba paper (arXiv 2401.10166) with Q = C, K = B and
+V = delta x, the product of the decays is w_t / w_s, so that the sum without the last factor is
 (Q * w)(K / w)^T and the sum without decays is QK^T. Here the exponent is summed from s to t and nothing is divided, so
 that nothing overflows.
 """

@@ -26,7 +26,8 @@ def add_image_arguments(parser: argparse.ArgumentParser, *, shape: tuple[int, in
         "--images",
         nargs="+",
         metavar="PATH",
-        help=f"image files and folders of images (default: scenes of digits, made in {DEFAULT_DATA})",
+        help=f"image files and folders of images (default: scenes of digits, made in {DEFAULT_DATA})"
+        + ("" if limit is not None else "; the first one is taken"),
     )
     parser.add_argument(
         "--shape",
@@ -37,7 +38,15 @@ def add_image_arguments(parser: argparse.ArgumentParser, *, shape: tuple[int, in
         help=f"size that every image is resized to (default: {shape[0]} {shape[1]})",
     )
     if limit is not None:
-        parser.add_argument("--limit", type=int, default=limit, help=f"take the first so many images ({limit})")
+        parser.add_argument("--limit", type=_number, default=limit, help=f"take the first so many images ({limit})")
+
+
+def _number(text: str) -> int:
+    """Read a number of images: Python would take a negative one for all but the last ones."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} images, expected at least 1")
+    return number
 
 
 def image_paths(given: list[str] | None) -> list[str]:

@@ -5,6 +5,7 @@ The page itself is ``mmvmamba/apis/app_page.py``.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from mmvmamba.apis.inferencers import Inferencer, inferencer
 from mmvmamba.apis.model_index import index_root, list_models
 from mmvmamba.apis.networks import Network, checked_device, resolve_config
 from mmvmamba.errors import CheckpointError, ConfigError, DataError
+from mmvmamba.files import is_file
 
 #: Task -> what the page calls it, in the order of the page.
 TASKS = {"det": "Objects", "seg": "Segments", "cls": "Class"}
@@ -105,14 +107,26 @@ class Models:
     Args:
         demo_dir: Work folder of ``make demo``, whose checkpoints are offered first.
         device: Such as ``"cuda:0"``; by default the accelerator, if there is one.
+        typed_configs: Whether config files that are not offered may be named. A config is Python, which runs when it is
+            read: False where others than the owner of this process reach the page.
+        uploads: The folder of what the page was sent, from where no config is read.
 
     Raises:
         ConfigError: If there is no such kind of device.
     """
 
-    def __init__(self, demo_dir: str | Path, device: str | None = None) -> None:
+    def __init__(
+        self,
+        demo_dir: str | Path,
+        device: str | None = None,
+        *,
+        typed_configs: bool = True,
+        uploads: str | Path | None = None,
+    ) -> None:
         self.demo_dir = Path(demo_dir)
         self.device = checked_device(device)
+        self.typed_configs = typed_configs
+        self.uploads = None if uploads is None else Path(uploads).resolve()
         self._loaded: OrderedDict[tuple[Any, ...], Loaded] = OrderedDict()
 
     def names(self, task: str) -> list[str]:
@@ -138,7 +152,7 @@ class Models:
         """Return a model, built now if it is not in memory or one of its files has changed.
 
         Raises:
-            ConfigError: If the model is unknown or of another task.
+            ConfigError: If the model is unknown or of another task, or its config may not be run.
             CheckpointError: If there are no weights or they cannot be read.
             CheckpointMismatch: If the weights are not those of the whole model.
         """
@@ -149,8 +163,9 @@ class Models:
                     "weights is empty, expected the path of a checkpoint: nobody publishes weights of the demo's "
                     "models. Train them with `make demo`, or type the path of yours."
                 )
+            self._check_config(request)
             started = time.perf_counter()
-            model = Path(request.model) if Path(request.model).is_file() else request.model
+            model = Path(request.model) if is_file(request.model) else request.model
             answers = inferencer(request.task, model, request.weights or None, self.device)
             cfg, _, _ = resolve_config(request.task, model)
             network = Network(Path(request.model).stem, cfg, answers.toolbox.model, answers.weights)
@@ -160,6 +175,25 @@ class Models:
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
+    def _check_config(self, request: Request) -> None:
+        """Refuse a config file that somebody else than the owner of this process may have written."""
+        if not is_file(request.model) or request.model in self.names(request.task):
+            return
+        file = Path(request.model).resolve()
+        mine = {os.getuid(), index_root().stat().st_uid, 0}
+        if not self.typed_configs:
+            why = "a file that is not of the list, and this page is served to others"
+        elif self.uploads is not None and file.is_relative_to(self.uploads):
+            why = "a file that was sent to this page"
+        elif file.stat().st_uid not in mine:
+            why = "a file of another user of this machine"
+        else:
+            return
+        raise ConfigError(
+            f"model is {request.model!r}, {why}, expected a model of the list: a config is Python that would run here. "
+            "Choose a model of the list, or serve the page to yourself alone and name a config of yours."
+        )
+
 
 def demo_config(task: str) -> Path:
     """Return the config of the demo's model of a task."""
@@ -168,10 +202,9 @@ def demo_config(task: str) -> Path:
 
 def _signature(name: str) -> tuple[int, int] | None:
     """Return what changes when a file does, None for what is no file."""
-    path = Path(name)
-    if not name or not path.is_file():
+    if not is_file(name):
         return None
-    status = path.stat()
+    status = Path(name).stat()
     return status.st_mtime_ns, status.st_size
 
 

@@ -69,7 +69,8 @@ def serve(
 
     Args:
         demo_dir: Work folder of ``make demo``, whose checkpoints are offered first.
-        host: Address to listen at. The page reads checkpoint files and fetches weights for whoever reaches it.
+        host: Address to listen at. The page reads checkpoint files and fetches weights for whoever reaches it; configs
+            that are not on its list, which are Python, it reads on ``LOOPBACK`` alone.
         port: Port to listen at; 0 for any that is free.
         device: Such as ``"cuda:0"``; by default the accelerator, if there is one.
         started: Called with the address of the page, once it answers.
@@ -78,8 +79,8 @@ def serve(
         MissingPackage: If gradio or scikit-learn is not installed.
         ConfigError: If the address cannot be listened at or there is no such kind of device.
     """
-    models = Models(demo_dir, device)
     with tempfile.TemporaryDirectory(prefix="mmvmamba-app-") as folder:
+        models = Models(demo_dir, device, typed_configs=host in LOOPBACK, uploads=folder)
         _be_private(folder)
         gr = optional_package("gradio", "app")
         optional_package("sklearn", "app")
@@ -159,5 +160,5 @@ def warning_for(host: str) -> str | None:
     where = "on every network of this machine" if host in _ANY_INTERFACE else f"at {host}"
     return (
         f"the page is served {where}: whoever reaches it can make this machine compute, read checkpoint files and "
-        "fetch weights from https addresses. There is no password."
+        "fetch weights from https addresses. There is no password. Config files can be chosen from the list only."
     )

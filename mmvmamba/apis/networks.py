@@ -230,6 +230,11 @@ def _packaged(name: str) -> Path:
             f"model is {name!r}, expected one of {', '.join(map(repr, SCOPES.values()))} before '::'. Correct it."
         )
     root = Path(str(importlib.import_module(package).__file__)).parent / ".mim" / "configs"
+    if Path(inside).is_absolute() or ".." in Path(inside).parts:
+        raise ConfigError(
+            f"model is {name!r}, expected a path inside the configs of {package} behind '::'. Name a file elsewhere by "
+            "its path alone."
+        )
     return root / inside
 
 

@@ -174,6 +174,8 @@ def test_bad_questions_are_answered() -> None:
         activation_maps(model, "cls", image, stage=3)
     with pytest.raises(ConfigError, match=r"layer is 'layers\.9'.*'layers\.0\.blocks\.0'"):
         activation_maps(model, "cls", image, layer="layers.9")
+    with pytest.raises(ConfigError, match=r"a SS2D, expected a block of VMamba.*'layers\.0\.blocks\.0'"):
+        activation_maps(model, "cls", image, layer="layers.0.blocks.0.op")  # channels last: no map as it stands
     with pytest.raises(ConfigError, match="expected a classifier, a segmentor"):
         activation_maps(SimpleNamespace(), "det", image)  # type: ignore[arg-type]
     assert not model.backbone._forward_hooks

@@ -272,6 +272,54 @@ def test_every_family_has_maps_on_which_nothing_is_lost(family):
         torch.testing.assert_close(got, torch.tensor(list(totals.values())), rtol=1e-4, atol=1e-9)
 
 
+def without_skip(call: ScanCall) -> Tensor:
+    """The output of an operator on the first image of the arguments it was called with, without skip and gate."""
+    arguments = list(call.arguments)
+    for place in {"scan2d": [5], "selective_scan": [5], "ssd": [5], "ssd_non_causal": [4]}[call.operator]:
+        arguments[place] = None
+    return getattr(torch.ops.mmvmamba, call.operator)(*arguments)[0][0].double()
+
+
+def from_weights(call: ScanCall, position: int) -> Tensor:
+    """The output of an operator at a position by the weights of its routes and its inputs."""
+    x = call.arguments[0][0].double()
+    if call.operator == "selective_scan":
+        x = x.t()  # (l, d); every group has its own channels
+    x = x.flatten(0, 1) if call.operator == "scan2d" else x
+    own = call.operator == "scan2d" and x.dim() == 3  # (l, k, d): every route has an input of its own
+    routes = routes_of(call)
+    parts = []
+    for i, route in enumerate(routes):
+        inputs = x.chunk(len(routes), 1)[i] if call.operator == "selective_scan" else x[:, i] if own else x
+        total = torch.zeros_like(inputs[0])
+        for step in (route.writes == position).nonzero().flatten().tolist():
+            weights = route.weights(step).weight.double()
+            weights = weights.unsqueeze(-1) if inputs.dim() == 3 else weights  # heads (l, k, p)
+            total += (weights * inputs[route.reads[: weights.shape[0]]]).sum(0)
+        parts.append(total)
+    return torch.cat(parts) if call.operator == "selective_scan" else torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize("family", [family for family in SCANNING if family != "efficientvim"])
+def test_weights_explain_what_the_layers_of_every_family_put_out(family):
+    """With the routes, biases and groups of the networks themselves; EfficientViM works on its states in between."""
+    torch.manual_seed(0)
+    seen: list[str] = []
+
+    def see(call: ScanCall) -> None:
+        out = without_skip(call)
+        out = {"scan2d": lambda: out.flatten(0, 1), "selective_scan": out.t}.get(call.operator, lambda: out)()
+        for position in (0, len(out) // 3, len(out) - 1):
+            got = from_weights(call, position)
+            assert (got - out[position]).abs().max() <= 1e-4 * out.abs().max(), (call.layer, call.operator, position)
+        seen.append(call.operator)
+
+    model = FAMILIES[family]("nano").eval()
+    with torch.no_grad(), watch_scans(model, see):
+        model(torch.randn(1, 3, 64, 96))
+    assert seen
+
+
 def test_an_atrous_scan_reads_its_own_grid_alone():
     model = FAMILIES["efficientvmamba"]("nano").eval()
     maps = scan_map(model, torch.randn(1, 3, 60, 96), (25, 44), "layers.0.blocks.0.op")  # 15 x 24 cells: padded to 16

@@ -121,6 +121,40 @@ def test_what_is_wrong_is_said(models, scene, tmp_path, demo_dir):
             Request(task, model, "")
 
 
+def test_configs_of_others_are_not_run(demo_dir, tmp_path, monkeypatch):
+    """A config is Python: whoever may name one, or send one and name it, runs what it says."""
+    ran = tmp_path / "ran"
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(ran)!r}, 'w').close()\n")
+    weights = str(demo_dir / "cls/cls.pth")
+    offered = Request("cls", str(demo_config("cls")), weights)
+
+    def refused(models, model, words):
+        with pytest.raises(ConfigError, match=words):
+            models.get(Request("cls", model, weights))
+        assert not ran.exists()
+
+    served = Models(demo_dir, "cpu", typed_configs=False)
+    refused(served, str(evil), "evil.py'.*served to others")
+    assert served.get(offered).answers.task == "cls"
+    sent = Models(demo_dir, "cpu", uploads=tmp_path)
+    refused(sent, str(evil), "was sent to this page")
+    (demo_dir / "link.py").symlink_to(evil)
+    refused(sent, str(demo_dir / "link.py"), "was sent to this page")
+    for escape in (f"mmpretrain::{evil}", f"mmpretrain::../../../../..{evil}"):
+        refused(served, escape, "inside the configs of mmpretrain")
+    owner = evil.stat().st_uid
+    monkeypatch.setattr(behind, "index_root", lambda: demo_dir)
+    monkeypatch.setattr(Models, "names", lambda _models, _task: [])
+    if owner == 0:
+        os.chown(evil, 12345, -1)
+        refused(Models(demo_dir, "cpu"), str(evil), "another user")
+        os.chown(evil, 0, -1)
+    with pytest.raises(ConfigError, match="default_scope"):  # its owner's own config is read
+        Models(demo_dir, "cpu").get(Request("cls", str(evil), weights))
+    assert ran.exists()
+
+
 def _prediction(labels=None, **record):
     return Prediction("x", "x", {"source": "x", "height": 20, "width": 50, **record}, None, labels)
 

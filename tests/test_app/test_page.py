@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -56,6 +57,24 @@ def test_missing_gradio_is_one_line_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingPackage, match=r"pip install 'mmvmamba\[app\]'"):
         serve(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(("host", "typed"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)])  # noqa: S104
+def test_configs_can_be_typed_by_who_sits_here_alone_and_none_is_read_from_uploads(host, typed, tmp_path, monkeypatch):
+    class Built(Exception):
+        """Carries the models out before anything is served."""
+
+    def build(models, _samples):
+        raise Built(models)
+
+    for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_TEMP_DIR"):
+        monkeypatch.setenv(name, "to be restored")
+    monkeypatch.setattr("mmvmamba.apis.app_server.build_page", build)
+    with pytest.raises(Built) as found:
+        serve(tmp_path, host=host, port=0, device="cpu")
+    (models,) = found.value.args
+    assert models.typed_configs is typed
+    assert models.uploads == Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
 
 
 def test_addresses(monkeypatch):

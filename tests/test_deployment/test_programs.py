@@ -87,9 +87,11 @@ def test_every_family_exports_for_any_size(family):
     model = _with_norms(family)
     recorded = record(model)
     assert all(high is None for _, high in recorded.sizes.values())
-    assert all(recorded.sizes[side][0] <= 97 for side in ("height", "width"))
+    # MobileMamba's smallest maps have a stride of 64, and PyTorch asks for three rows of them.
+    least = 129 if family == "mobilemamba" else 97
+    assert all(recorded.sizes[side][0] <= least for side in ("height", "width"))
     program = recorded.program.module()
-    images = [torch.randn(shape) for shape in ((1, 3, 97, 161), (3, 3, 224, 224), (2, 3, 200, 99))]
+    images = [torch.randn(shape) for shape in ((1, 3, least, 161), (3, 3, 224, 224), (2, 3, 200, least + 2))]
     require_equal(compare(model, program, images), 1e-4)
 
 

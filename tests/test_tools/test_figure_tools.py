@@ -74,6 +74,7 @@ def test_mistakes_end_with_one_line(tool: str, tmp_path: Path, small_digits: Pat
 
 def test_what_cannot_be_looked_at_is_named(tmp_path: Path, small_digits: Path, monkeypatch) -> None:
     good = ["--images", str(small_digits / "images/val"), "--out-dir", str(tmp_path), "--shape", "64", "64"]
+    assert "Add --no-animation" in failure(monkeypatch, "scan_routes", "--cells", "17", "--out-dir", str(tmp_path))
     assert "inside 64 x 64" in failure(monkeypatch, "scan_maps", CLS, *good, "--pixel", "64", "0")
     found = failure(monkeypatch, "scan_maps", CLS, *good, "--layer", "layers.0.blocks.0")
     assert "Did you mean 'layers.0.blocks.0.op'" in found
@@ -84,6 +85,15 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path, small_digits: Path, m
     assert "expected maps (b, c, h, w)" in failure(monkeypatch, "erf", vit, *good, "--shape", "384", "384")
     assert "expected one of the 1 maps" in failure(monkeypatch, "erf", CLS, *good, "--stage", "2")
     assert "expected one of GradCAM" in failure(monkeypatch, "cam", CLS, *good, "--method", "Grad")
+
+
+@pytest.mark.parametrize("tool", ["erf", "cam"])
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_no_images_are_no_number_of_images(tool: str, limit: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", CLS, "--limit", limit])
+    with pytest.raises(SystemExit, match="2"):
+        script(f"tools/analysis_tools/{tool}.py").parse_args()
+    assert f"{limit} images, expected at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         "--class", dest="label", type=int, metavar="NUMBER", help="from 0 (default: what the network is surest of)"
     )
     parser.add_argument("--stage", type=int, default=-1, help="which map of the backbone, from 0 (default: the last)")
-    parser.add_argument("--layer", metavar="NAME", help="a module of the backbone instead, such as layers.2.blocks.1")
+    parser.add_argument("--layer", metavar="NAME", help="a block of the backbone instead, such as layers.2.blocks.1")
     parser.add_argument("--seed", type=int, default=0, help="of random weights (0)")
     parser.add_argument("--out-dir", default="work_dirs/cam", help="where to write (default: work_dirs/cam)")
     return parser.parse_args()

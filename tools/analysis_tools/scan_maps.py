@@ -70,7 +70,8 @@ def print_maps(found: list[ScanMaps], kinds: list[str]) -> None:
             row, column = divmod(int(merged.argmax()), merged.shape[1])
             total = float(merged.sum())
             parts = zip(maps.directions, maps.maps[kind].sum((1, 2)).tolist(), strict=True)
-            shares = ", ".join(f"{name} {part / total:.0%}" for name, part in parts)
+            # No route of the layer may visit the query; then there is nothing to share.
+            shares = ", ".join(f"{name} {part / total if total else 0:.0%}" for name, part in parts)
             print(f"{maps.layer:<{width}}  {kind:<8}{total:>12.4g}  ({row}, {column}); {shares}")
 
 

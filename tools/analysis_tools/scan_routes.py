@@ -19,10 +19,12 @@ from mmvmamba.analysis.route_figures import draw_animation, draw_strip
 from mmvmamba.analysis.routes import LayerWalks, walks_at_size
 from mmvmamba.apis import run_command
 from mmvmamba.apis.networks import load_networks
+from mmvmamba.errors import ConfigError
 from mmvmamba.models.backbones import FAMILIES
 from mmvmamba.optional import optional_package
 
 CELLS = 8
+MOST_ANIMATED = 16  # cells a side: a step of a route is a picture of all networks, and all are held in memory
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,6 +48,11 @@ def named_backbones(models: list[str]) -> list[tuple[str, nn.Module]]:
 def main() -> None:
     """Capture and draw."""
     args = parse_args()
+    if args.cells > MOST_ANIMATED and not args.no_animation:
+        raise ConfigError(
+            f"--cells is {args.cells}, expected at most {MOST_ANIMATED} with an animation, which has a picture per "
+            "cell. Add --no-animation."
+        )
     folder = output_folder(args.out_dir)
     optional_package("PIL", "analysis")
     torch.manual_seed(0)
