@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,15 +128,19 @@ def test_mask_heads_of_a_cascade_are_differentiated():
 
 def test_the_tool_prints_both_conventions(tmp_path):
     command = [sys.executable, "-W", "ignore", "tools/analysis_tools/get_flops.py", str(digits_config("cls"))]
-    file = tmp_path / "new" / "cost.json"
-    done = subprocess.run([*command, "--backward", "--json", str(file)], cwd=ROOT, capture_output=True, text=True)
+    folder = tmp_path / "new"
+    done = subprocess.run([*command, "--backward", "--out-dir", str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "a multiply-add counts 1" in done.stdout and "a multiply-add counts 2" in done.stdout
-    written = json.loads(file.read_text())
+    written = json.loads((folder / "get_flops.json").read_text())
+    with (folder / "get_flops.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["part"] for row in rows] == list(written["by_row"])
+    assert sum(int(row["PyTorch backward"]) for row in rows) == written["pytorch_backward"]["flops"]
+    image = cv2.imread(str(folder / "get_flops.png"))
+    assert image is not None and image.std() > 1
     assert written["pytorch_backward"]["flops"] > written["pytorch_forward"]["flops"] > written["flops"]
     assert f"{written['pytorch_backward']['flops']:,}" in done.stdout
     (tmp_path / "taken").write_text("")
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "taken" / "cost.json")], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "--out-dir", str(tmp_path / "taken")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: the folder"), done.stderr

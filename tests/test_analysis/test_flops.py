@@ -232,11 +232,11 @@ def test_the_tool_prints_and_writes_what_was_counted(tmp_path):
     command = [sys.executable, "-W", "ignore", "tools/analysis_tools/get_flops.py"]
     config = "configs/cls/vmamba/vmamba-tiny-s1l8_8xb128_in1k.py"
     done = subprocess.run(
-        [*command, config, "--json", str(tmp_path / "new" / "cost.json")], cwd=ROOT, capture_output=True, text=True
+        [*command, config, "--out-dir", str(tmp_path / "new")], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "parameters   30,249,064 (30.2 M)" in done.stdout and "4,905,609,984 (4.9 G)" in done.stdout
-    written = json.loads((tmp_path / "new" / "cost.json").read_text())
+    written = json.loads((tmp_path / "new" / "get_flops.json").read_text())
     assert written["flops"] == 4905609984 and written["input"] == [224, 224]
     done = subprocess.run([*command, "missing.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: config is 'missing.py', which is no file")

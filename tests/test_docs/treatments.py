@@ -242,7 +242,7 @@ TREATMENTS: dict[str, dict[str, Treatment]] = {
     },
     "docs/tutorials/own_operator.md": {"": Python()},
     "docs/tutorials/paper_figures.md": {
-        "get_flops": Run(prints=("multiply-add",)),
+        "get_flops": Run(prints=("multiply-add",), leaves=("work_dirs/get_flops/get_flops.png",)),
         "benchmark.py": Run(
             replace={"vmamba-tiny-s1l8_8xb128_in1k": _CLASSIFIER, "--quick": "--seconds 1 --shape 64 64"},
             leaves=("work_dirs/benchmark/benchmark.png",),

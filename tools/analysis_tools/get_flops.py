@@ -3,24 +3,25 @@
 Nothing is computed and no weights are read. Two conventions stand side by side: that of published tables (a
 multiply-add of a product counts 1, a norm 5 per entry; it stands at the head of mmvmamba/analysis/flops.py) and
 PyTorch's (a multiply-add counts 2, a norm nothing; mmvmamba/analysis/flop_passes.py), in which the backward can be
-counted, too.
+counted, too. With ``--out-dir`` get_flops.png, get_flops.csv (parts and stages) and get_flops.json are written.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import DictAction
 
+from mmvmamba.analysis.flop_figures import flop_rows, save_flop_figure
 from mmvmamba.analysis.flop_passes import PassesCost, count_passes
 from mmvmamba.analysis.flops import PROPOSALS, ModelCost, count_model
-from mmvmamba.analysis.outputs import output_folder
+from mmvmamba.analysis.outputs import output_folder, write_csv, write_json
 from mmvmamba.apis import run_command
 from mmvmamba.apis.networks import resolve_config
 from mmvmamba.apis.overrides import check_overrides
+from mmvmamba.optional import optional_package
 
 SHAPES = {"mmpretrain": (224, 224), "mmdet": (1280, 800), "mmseg": (512, 2048)}
 """Height and width in the published tables, by the config's scope."""
@@ -44,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--backward", action="store_true", help="count the backward, too")
     parser.add_argument("--proposals", type=int, default=PROPOSALS, help=f"boxes of a two-stage detector ({PROPOSALS})")
-    parser.add_argument("--json", metavar="FILE", help="write everything to this file as well")
+    parser.add_argument("--out-dir", metavar="FOLDER", help="write a figure, a table and everything as JSON there")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="overwrite entries")
     return parser.parse_args()
 
@@ -90,17 +91,22 @@ def main() -> None:
     if args.cfg_options:
         check_overrides(args.config, cfg, args.cfg_options)
         cfg.merge_from_dict(args.cfg_options)
-    if args.json:
-        output_folder(Path(args.json).parent)
+    if args.out_dir:
+        output_folder(args.out_dir)
+        optional_package("matplotlib", "analysis")
     height, width = args.shape or SHAPES[cfg.default_scope]
     cost = count_model(cfg, height, width, proposals=args.proposals)
     passes = count_passes(cfg, height, width, proposals=args.proposals, backward=args.backward)
     print_tables(cost, passes, height, width)
-    if args.json:
+    if args.out_dir:
+        folder, name = Path(args.out_dir), Path(args.config).stem
+        rows = flop_rows(cost, passes)
         content = dict(vars(cost), input=[height, width], pytorch_forward=vars(passes.forward))
         if passes.backward is not None:
             content["pytorch_backward"] = vars(passes.backward)
-        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / "get_flops.json", content)
+        write_csv(folder / "get_flops.csv", rows)
+        save_flop_figure(rows, f"{name}, {height} x {width}", folder / "get_flops.png")
 
 
 if __name__ == "__main__":
