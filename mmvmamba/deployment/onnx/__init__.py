@@ -5,14 +5,12 @@ either takes, ``unsupported_parts`` says before all that what of a network canno
 the extra ``export``.
 """
 
-from mmvmamba.deployment.onnx.comparing import OnnxRun, compare_onnx, open_onnx, run_onnx
-from mmvmamba.deployment.onnx.exporting import DIMENSIONS, OnnxReport, export_onnx
+from mmvmamba.deployment.onnx.comparing import compare_onnx, open_onnx, run_onnx
+from mmvmamba.deployment.onnx.exporting import OnnxReport, export_onnx
 from mmvmamba.deployment.onnx.support import unsupported_parts
 
 __all__ = [
-    "DIMENSIONS",
     "OnnxReport",
-    "OnnxRun",
     "compare_onnx",
     "export_onnx",
     "open_onnx",

@@ -15,23 +15,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mmvmamba.deployment.onnx.operators import translations
 from mmvmamba.deployment.onnx.support import unsupported_parts
 from mmvmamba.deployment.onnx.writer import EXTRA, OPSET
-from mmvmamba.deployment.pooling import PoolsOfAnySize
+from mmvmamba.deployment.programs import DIMENSIONS, Dimension, Recorded, Sizes, record
 from mmvmamba.errors import ConfigError, OutputError, nearest_spelling
 from mmvmamba.optional import optional_package
-
-Dimension = Literal["batch", "height", "width"]
-DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
-"""What can be left free, in the order of the dimensions of an image batch (b, 3, h, w) with the channels left out."""
-_AXIS = {"batch": 0, "height": 2, "width": 3}
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class OnnxReport:
     path: Path
     opset: int
     outputs: tuple[tuple[str, int], ...]
-    sizes: dict[str, tuple[int, int | None]]
+    sizes: Sizes
     nodes: int
     megabytes: float
     seconds: float
@@ -90,18 +84,17 @@ def export_onnx(
         optional_package(package, EXTRA)
     started = time.perf_counter()
     with torch.no_grad(), _quiet():
-        with PoolsOfAnySize():
-            program = _record(module, example, dynamic)
-        sizes = _free_sizes(program, example, dynamic)
-        outputs = tuple(f"output_{i}" for i in range(len(program.graph_signature.user_outputs)))
-        written = _translate(program, opset, outputs)
+        recorded = record(module, example, dynamic=dynamic)
+        _require_no_largest(recorded)
+        outputs = tuple(f"output_{i}" for i in range(len(recorded.program.graph_signature.user_outputs)))
+        written = _translate(recorded.program, opset, outputs)
         _write(written, file)
     ranks = [len(value.shape or ()) for value in written.model.graph.outputs]
     return OnnxReport(
         path=file,
         opset=opset,
         outputs=tuple(zip(outputs, ranks, strict=True)),
-        sizes=sizes,
+        sizes=recorded.sizes,
         nodes=sum(1 for _ in written.model.graph.all_nodes()),
         megabytes=file.stat().st_size / 1e6,
         seconds=time.perf_counter() - started,
@@ -139,20 +132,6 @@ def _checked(module: nn.Module, example: Tensor, path: str | Path, dynamic: Sequ
     return file
 
 
-def _record(module: nn.Module, example: Tensor, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
-    free = {_AXIS[name]: torch.export.Dim.DYNAMIC for name in dynamic}
-    if "batch" in dynamic and len(example) == 1:
-        # What is 1 while recording is taken to be 1 for ever.
-        example = example.expand(2, -1, -1, -1).contiguous()
-    try:
-        return torch.export.export(module, (example,), dynamic_shapes=(free,))
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(
-            f"{type(module).__name__} cannot be recorded for free {', '.join(dynamic) or 'nothing'}: "
-            f"{_shortened(error)}. Leave fewer dimensions free, or export another part."
-        ) from error
-
-
 def _translate(program: torch.export.ExportedProgram, opset: int, outputs: Sequence[str]) -> Any:
     try:
         return torch.onnx.export(
@@ -178,29 +157,17 @@ def _shortened(error: BaseException) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def _free_sizes(
-    program: torch.export.ExportedProgram, example: Tensor, dynamic: Sequence[str]
-) -> dict[str, tuple[int, int | None]]:
-    """Return the lower bounds that recording found for the free dimensions, and refuse upper ones."""
-    (name,) = program.graph_signature.user_inputs
-    shape = next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
-    sizes: dict[str, tuple[int, int | None]] = {}
-    for dimension in DIMENSIONS:
-        if dimension not in dynamic:
-            continue
-        symbol = shape[_AXIS[dimension]].node.expr
-        bounds = program.range_constraints[symbol]
-        # 2 is what recording says of every size that is not 1; the file does not know the difference.
-        low = 1 if int(bounds.lower) <= 2 else int(bounds.lower)
-        if bounds.upper.is_Integer:
-            size = example.shape[_AXIS[dimension]]
+def _require_no_largest(recorded: Recorded) -> None:
+    """Refuse a recording in which a map came down to one row or column: it is good for such sizes alone."""
+    for axis, dimension in ((0, "batch"), (2, "height"), (3, "width")):
+        low, high = recorded.sizes.get(dimension, (1, None))
+        if high is not None:
+            size = recorded.shape[axis]
             raise ConfigError(
                 f"example has {dimension} {size}, at which a map of the network has but one row or column: the "
-                f"file would be good for {low} to {int(bounds.upper)} alone; expected more for a free {dimension}. "
+                f"file would be good for {low} to {high} alone; expected more for a free {dimension}. "
                 f"Use {dimension} {2 * size}, or leave {dimension!r} out of dynamic."
             )
-        sizes[dimension] = low, None
-    return sizes
 
 
 @contextmanager
@@ -227,8 +194,3 @@ def _write(written: Any, file: Path) -> None:
         raise OutputError(
             f"{str(file)!r} cannot be written ({error.strerror or error}), expected room for it. Choose another place."
         ) from error
-
-
-def flat_tensors(outputs: object) -> list[Tensor]:
-    """Return the tensors that a network gave, in the order of the outputs of its file."""
-    return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]

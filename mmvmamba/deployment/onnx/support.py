@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mmvmamba.deployment.parts import obstacles
+
 
 def unsupported_parts(module: nn.Module) -> list[str]:
     """Return the reasons why a network cannot be written by ``export_onnx``; nothing where it can.
@@ -14,10 +16,7 @@ def unsupported_parts(module: nn.Module) -> list[str]:
     Args:
         module: A backbone, or any network around one that takes an image batch.
     """
-    reasons = []
-    training = [name or type(part).__name__ for name, part in module.named_modules() if part.training]
-    if training:
-        reasons.append(f"{len(training)} parts are in training mode, such as {training[0]!r}: call .eval()")
+    reasons = obstacles(module)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     elsewhere = [f"{name!r} ({value.device})" for name, value in tensors if value.device.type != "cpu"]
     if elsewhere:
