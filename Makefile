@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Processes that share the tests of `make test`, a file of tests each at a time.
 TEST_JOBS ?= 2
+# Files that take minutes go first, so that no process waits at the end for another one.
+LONG_TESTS := tests/test_tools tests/test_configs tests/test_docs tests/test_deployment
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -39,7 +41,7 @@ app: install
 	$(PY) demo/app.py
 
 test: install
-	$(PY) -m pytest -q -m "not gpu and not soak" --durations=15 -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder tests
+	$(PY) -m pytest -q -m "not gpu and not soak" --durations=15 -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(LONG_TESTS) tests
 
 test-slow: install
 	$(PY) -m pytest -q -m soak --durations=15 tests
