@@ -41,7 +41,7 @@ app: install
 	$(PY) demo/app.py
 
 test: install
-	$(PY) -m pytest -q -m "not gpu and not soak" --durations=15 -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(LONG_TESTS) tests
+	$(PY) -m pytest -q -m "not gpu and not soak" --durations=15 -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(LONG_TESTS) $(filter-out $(LONG_TESTS),$(wildcard tests/test_*))
 
 test-slow: install
 	$(PY) -m pytest -q -m soak --durations=15 tests

@@ -14,6 +14,7 @@ pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 pytest.importorskip("markdown_it")
 
+from mmvmamba.registry import MODELS
 from tests.nano_models import ROOT, nano_checkpoint
 from tests.test_docs.blocks import Block, blocks, commands
 from tests.test_docs.page import Folder, check_arguments, treat
@@ -60,9 +61,14 @@ def folder(
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     yield Folder(tmp_path)
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
+    own = [
+        n for n in set(sys.modules) - before if str(getattr(sys.modules[n], "__file__", "")).startswith(str(tmp_path))
+    ]
+    for name in own:
+        del sys.modules[name]
+    for name, registered in list(MODELS.module_dict.items()):
+        if registered.__module__ in own:
+            del MODELS.module_dict[name]
 
 
 @pytest.mark.slow

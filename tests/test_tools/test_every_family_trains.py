@@ -106,7 +106,7 @@ def _trainings() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "task"), _trainings())
+@pytest.mark.parametrize(("family", "task"), list(_trainings()))
 def test_the_loss_falls(family: str, task: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library, batch_size, fall = TASKS[task]
     pytest.importorskip(library)
