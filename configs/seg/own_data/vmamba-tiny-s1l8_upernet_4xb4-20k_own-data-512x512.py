@@ -15,9 +15,10 @@ data_root = "data/own/"
 train_images, train_labels = "images/train", "labels/train"
 val_images, val_labels = "images/val", "labels/val"
 image_ending, label_ending = ".jpg", ".png"
-max_iters = 20000
+max_iters = 20000  # at least 2
 # ---- everything below follows
 
+tenth, warm_up = max(1, max_iters // 10), max(1, max_iters // 20)
 num_classes = len(classes)
 model = dict(decode_head=dict(num_classes=num_classes), auxiliary_head=dict(num_classes=num_classes))
 
@@ -54,12 +55,12 @@ train_dataloader = dict(dataset=train_dataset)
 val_dataloader = dict(dataset=val_dataset)
 test_dataloader = dict(dataset=val_dataset)
 
-train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 10)
+train_cfg = dict(max_iters=max_iters, val_interval=tenth)
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=max_iters // 20),
-    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=max_iters // 20, end=max_iters),
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warm_up),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=warm_up, end=max_iters),
 ]
-default_hooks = dict(checkpoint=dict(interval=max_iters // 10), logger=dict(interval=10))
+default_hooks = dict(checkpoint=dict(interval=tenth), logger=dict(interval=10))
 
 custom_hooks = [
     dict(type="mmvmamba.PretrainedCheckHook"),
