@@ -59,7 +59,8 @@ def fold_batch_norms(model: Model) -> Model:
             fold()
         elif isinstance(module, nn.Sequential) or getattr(module, "runs_in_order", False):
             _fold_neighbours(module)
-    return folded
+    # What takes the place of a norm is new, and begins in training mode.
+    return folded.train(False)
 
 
 def _fold_neighbours(sequence: nn.Module) -> None:

@@ -56,6 +56,7 @@ def test_equal_to_the_form_it_is_made_of(family, backend):
     before = copy.deepcopy(model.state_dict())
     folded = fold_batch_norms(model)
     assert all(name.rpartition(".")[2] in STAY.get(family, ()) for name in _norms(folded))
+    assert not any(module.training for module in folded.modules())
     with use_backend(backend):
         for size in ((70, 100), (64, 64), (1, 1)):
             image = torch.randn(2, 3, *size)
