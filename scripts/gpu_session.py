@@ -46,10 +46,11 @@ TAIL = 12
 FIRST_TESTS = ("operator", "determin", "isolat", "bad_input", "graph", "autocast", "train", "model", "leak", "sanitiz")
 """Words in the names of test files, the most telling first; files with none of them come last but one."""
 PARTS = {
-    "test_operators": (("compiled", "compiled or every_backend", 80.0), ("triton", "triton", 50.0),
+    "test_operators": (("compiled", "compiled or every_backend", 75.0), ("triton", "triton", 45.0),
                        ("rest", "not compiled and not triton and not every_backend", 30.0)),
     "test_sanitizer": (("memcheck", "memcheck and compiled", 40.0), ("rest", "not (memcheck and compiled)", 20.0)),
     "test_models": (("all", "", 40.0),),
+    "test_measurements": (("all", "", 10.0),),
     # These two need the mm* packages, which the lent machine lacks: there they only say so, in seconds.
     "test_configs": (("all", "", 10.0),),
     "test_segmentors": (("all", "", 10.0),),

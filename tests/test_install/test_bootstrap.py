@@ -393,10 +393,12 @@ def test_ci_fails_where_one_of_its_commands_does(root, tmp_path):
     for failing, called in (
         ("lint", "lint\n"),
         ("test", "lint\ntest\n"),
-        ("check-gpu-code", "lint\ntest\ncheck-gpu-code\n"),
-        ("bench-gate", "lint\ntest\ncheck-gpu-code\nbench-gate\n"),
-        ("nothing", "lint\ntest\ncheck-gpu-code\nbench-gate\n"),
+        ("docs", "lint\ntest\ndocs\n"),
+        ("check-gpu-code", "lint\ntest\ndocs\ncheck-gpu-code\n"),
+        ("bench-gate", "lint\ntest\ndocs\ncheck-gpu-code\nbench-gate\n"),
+        ("nothing", "lint\ntest\ndocs\ncheck-gpu-code\nbench-gate\n"),
     ):
+        write_command(tmp_path, "chromium", "exit 0\n")  # one is there, so that none is installed
         log = tmp_path / failing
         write_command(tmp_path, "make", f'echo "$1" >> {log}\n[ "$1" != {failing} ]\n')
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
