@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 TURN = 0.01
 """Seconds of one turn of a contestant that is faster."""
 LEAST_ROUNDS = 3
@@ -117,8 +119,4 @@ def percentile(seconds: Sequence[float], percent: float) -> float:
         seconds: At least one.
         percent: 0 to 100.
     """
-    ordered = sorted(seconds)
-    position = percent / 100 * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+    return float(np.percentile(seconds, percent))

@@ -214,7 +214,7 @@ def _opened(file: Path) -> Callable[[Tensor], Any]:
 def _description(
     network: Network, part: Part, request: ExportRequest, export: Export, shape: Sequence[int]
 ) -> dict[str, Any]:
-    settings = dict(network.cfg.get("data_preprocessor") or {}) | dict(network.cfg.model.get("data_preprocessor") or {})
+    settings = network.preprocessor
     return {
         "format": request.format,
         "part": part.name,

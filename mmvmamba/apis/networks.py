@@ -69,9 +69,14 @@ class Network:
             )
         return backbone
 
+    @property
+    def preprocessor(self) -> dict[str, Any]:
+        """What the config says of the images' mean, standard deviation and order of colours."""
+        return dict(self.cfg.get("data_preprocessor") or {}) | dict(self.cfg.model.get("data_preprocessor") or {})
+
     def normalised(self, images: Tensor) -> Tensor:
         """Return images (b, 3, h, w) of 0 to 255, in the order BGR, as the backbone was trained to see them."""
-        settings = dict(self.cfg.get("data_preprocessor") or {}) | dict(self.cfg.model.get("data_preprocessor") or {})
+        settings = self.preprocessor
         if settings.get("bgr_to_rgb") or settings.get("to_rgb"):
             images = images.flip(1)
         mean, std = (
